@@ -1,0 +1,55 @@
+"""Every exception that a user, a cluster or a file can cause.
+
+A message names the dotted key or the identity, the rule, the value got and, where it is short, the remedy.
+`main.py` prints such an error as one line and exits with code 2; anything else is a bug and keeps its traceback.
+"""
+
+
+class FedsimError(Exception):
+    """Base of all errors that are not bugs in fedsim."""
+
+
+class ConfigError(FedsimError):
+    """A configuration value breaks a rule, alone or together with another one."""
+
+
+class DataError(FedsimError):
+    """A corpus cannot be read, or it cannot be partitioned as asked."""
+
+
+class ModelError(FedsimError):
+    """A base model or tokenizer cannot be loaded, or does not fit the rest of the run."""
+
+
+class AdapterError(FedsimError):
+    """LoRA factors do not fit each other, the model, or the file they come from."""
+
+
+class AggregationError(FedsimError):
+    """The updates of a cohort cannot be aggregated."""
+
+
+class TrainingError(FedsimError):
+    """Local training of a client cannot go on (for example its loss is not finite)."""
+
+
+class RunFolderError(FedsimError):
+    """A run folder cannot be written, or belongs to another run."""
+
+
+class CheckpointError(FedsimError):
+    """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+class PeerError(FedsimError):
+    """Work failed on some ranks, so every rank stops.
+
+    Attributes:
+        user_error: True if each failing rank failed with a `FedsimError`.
+        failed_here: True on a rank whose own work failed.
+    """
+
+    def __init__(self, message: str, *, user_error: bool, failed_here: bool) -> None:
+        super().__init__(message)
+        self.user_error = user_error
+        self.failed_here = failed_here
