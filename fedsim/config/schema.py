@@ -1,0 +1,323 @@
+"""The configuration tree: every key, its type, default, unit and meaning.
+
+The tree mirrors the package. Its defaults are the embedded quick start, so `python -m fedsim.main` needs no file.
+Every node is frozen, refuses unknown keys and never converts a value of the wrong type.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EMBEDDED = "embedded"
+"""Value of `data.source` and `model.name_or_path` that stands for what fedsim brings along."""
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"
+
+
+def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
+    """A configuration field: its default, what it means, its unit, and pydantic rules such as `gt=0`."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+class Node(BaseModel):
+    """A node of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Node):
+    """What to run, where its files go, and on what."""
+
+    name: str = key(
+        "quickstart",
+        "folder of this run below run.output_dir; default: the name of the configuration file",
+        pattern=NAME_PATTERN,
+    )
+    output_dir: str = key("runs", "folder that holds the run folders", min_length=1)
+    rounds: int = key(8, "federated rounds; a finished run can be extended by a larger number", "rounds", gt=0)
+    seed: int = key(
+        0, "seed of everything random: partition, cohorts, initial adapter, data order, dropout", ge=0, lt=2**63
+    )
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where a GPU is visible, else cpu")
+    threads_per_process: int = key(
+        1,
+        "CPU threads of each process; results are equal bits at equal threads, whatever the number of processes",
+        "threads",
+        gt=0,
+        le=1024,
+    )
+
+
+class PartitionConfig(Node):
+    """How examples are dealt out to clients."""
+
+    name: Literal["iid", "length_skew", "quantity_skew"] = key(
+        "length_skew",
+        "iid: equal shares at random; length_skew: a Dirichlet mix of length classes for each client, equal "
+        "shares; quantity_skew: Dirichlet shares, balanced length classes (arXiv 2502.18910)",
+    )
+    num_clients: int = key(20, "clients of the federation", "clients", gt=0)
+    dirichlet_alpha: float = key(
+        1.0, "concentration of the Dirichlet draw: small is skewed, large is even (not used by iid)", gt=0
+    )
+    num_length_classes: int = key(
+        5, "length classes, cut at quantiles of the untruncated length (arXiv 2502.18910: 5)", "classes", gt=0, le=1000
+    )
+    length_unit: Literal["tokens", "words", "characters"] = key("tokens", "what a text's length is counted in")
+    examples_per_client: int | None = key(
+        None,
+        "equal share of a client under iid and length_skew; null: as many as the corpus allows",
+        "examples",
+        gt=0,
+    )
+    min_examples: int = key(2, "least examples of a client under quantity_skew", "examples", gt=0)
+
+
+class DataConfig(Node):
+    """The corpus and how a text becomes training data."""
+
+    source: str = key(
+        EMBEDDED,
+        "embedded (docstrings of this Python's standard library), a Hugging Face dataset id, or a local JSONL, "
+        "JSON, CSV, parquet or text file or a folder of such files",
+        min_length=1,
+    )
+    subset: str | None = key(None, "configuration name of a Hugging Face dataset that has several", min_length=1)
+    train_split: str = key("train", "split that the clients hold", min_length=1)
+    test_split: str | None = key(
+        None,
+        "split of the global test set; null: data.test_fraction of the training split is held out before the "
+        "partition",
+        min_length=1,
+    )
+    test_fraction: float = key(
+        0.1, "share of the training split held out when data.test_split is null", "fraction", gt=0, lt=1
+    )
+    text_field: str = key("text", "column that holds the text", min_length=1)
+    label_field: str | None = key(None, "column with a class label, kept beside each example", min_length=1)
+    client_field: str | None = key(None, "column with a natural client, kept beside each example", min_length=1)
+    max_examples: int | None = key(
+        None, "use at most this many training examples, drawn with run.seed; null: all", "examples", gt=0
+    )
+    max_tokens: int = key(
+        128, "longest sequence; a longer text is cut at its end (arXiv 2502.18910: 128)", "tokens", gt=1
+    )
+    on_empty: Literal["error", "drop"] = key(
+        "error", "what to do with a text that leaves no label token: stop, or drop it and count it"
+    )
+    client_test_fraction: float = key(
+        0.1, "share of each client's examples that it never trains on: its own test set", "fraction", ge=0, lt=1
+    )
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+
+
+class ModelConfig(Node):
+    """The frozen base model."""
+
+    name_or_path: str = key(
+        EMBEDDED,
+        "embedded (a tiny OPT, trained once in seconds and cached), a Hugging Face model id, or a local folder of "
+        "a causal language model",
+        min_length=1,
+    )
+    revision: str | None = key(None, "branch, tag or commit on the hub", min_length=1)
+    tokenizer: str | None = key(
+        None, "id or folder of the tokenizer; null: the one beside the model", min_length=1
+    )
+    trust_remote_code: bool = key(False, "let a hub repository run its own Python code")
+    allow_pickle: bool = key(False, "accept weights in PyTorch's pickle format as well; they can run code")
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = key(
+        "auto", "type of the base weights; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    dropout: Literal["off", "as_config"] = key(
+        "off",
+        "the base's own dropout in local training; as_config: as its config says, which is what the papers' code "
+        "does, since Hugging Face's trainer puts the model into training mode",
+    )
+
+
+class LoraConfig(Node):
+    """The adapter that clients train."""
+
+    rank: int = key(2, "LoRA rank (arXiv 2502.18910: 2)", gt=0)
+    lora_alpha: float = key(
+        16.0, "LoRA alpha; the product B A is scaled by lora_alpha / rank (both papers: 16)", gt=0
+    )
+    dropout: float = key(0.05, "dropout on the adapter's input (both papers: 0.05)", "probability", ge=0, lt=1)
+    target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = key(
+        ("q_proj", "v_proj"), "names, or ends of dotted names, of the linear modules that get an adapter", min_length=1
+    )
+    use_rslora: bool = key(False, "scale by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+
+
+class CohortConfig(Node):
+    """Which clients take part in a round. Set one of the three."""
+
+    size: int | None = key(
+        8, "clients of a round, drawn without replacement; null when one of the others is set", "clients", gt=0
+    )
+    fraction: float | None = key(
+        None, "share of all clients, rounded down, at least one client", "fraction", gt=0, le=1
+    )
+    client_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = key(
+        None, "the same clients in every round, counted from 0", min_length=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_gives_way(cls, node: Any) -> Any:
+        """The default size stands only while neither of the other two is set."""
+        if isinstance(node, dict) and "size" not in node:
+            if any(node.get(other) is not None for other in ("fraction", "client_ids")):
+                return {**node, "size": None}
+        return node
+
+
+class OptimizerConfig(Node):
+    """The client's optimizer, fresh in each local run."""
+
+    name: Literal["adamw", "sgd"] = key("adamw", "adamw (FedIT, CLLoRA) or sgd (FedAvg of arXiv 2402.11505)")
+    lr: float = key(5e-3, "peak learning rate", ge=0)
+    weight_decay: float = key(0.0, "decoupled for adamw, added to the gradient for sgd", ge=0)
+    beta1: float = key(0.9, "adamw: decay of the gradient mean", ge=0, lt=1)
+    beta2: float = key(0.999, "adamw: decay of the squared gradient mean", ge=0, lt=1)
+    eps: float = key(1e-8, "adamw: added to the denominator", gt=0)
+    momentum: float = key(0.0, "sgd: momentum", ge=0, lt=1)
+
+
+class ScheduleConfig(Node):
+    """The learning rate within one local run."""
+
+    name: Literal["constant", "linear", "cosine"] = key(
+        "linear", "after warm-up: constant, or decayed to 0 at the end of the local run"
+    )
+    warmup_steps: int = key(0, "steps from 0 to the peak learning rate", "steps", ge=0)
+
+
+class PackConfig(Node):
+    """How the cohort is cut into packs, the unit of work of a process."""
+
+    max_clients: int = key(
+        1,
+        "clients of a pack; they are trained one after another on one process, so 1 balances the processes best",
+        "clients",
+        gt=0,
+    )
+
+
+class TrainingConfig(Node):
+    """Local training of a client. Set local_epochs or local_steps."""
+
+    local_epochs: int | None = key(
+        1, "passes over the client's data in a round; null when local_steps is set", "epochs", gt=0
+    )
+    local_steps: int | None = key(None, "optimizer steps of a client in a round", "steps", gt=0)
+    batch_size: int = key(8, "examples of a forward pass", "examples", gt=0)
+    gradient_accumulation_steps: int = key(
+        1, "forward passes of an optimizer step; the loss is the mean over all label tokens of the step", gt=0
+    )
+    max_grad_norm: float | None = key(1.0, "clip each client's gradient to this norm; null: do not clip", gt=0)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    pack: PackConfig = Field(default_factory=PackConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_give_way(cls, node: Any) -> Any:
+        """The default local_epochs stands only while local_steps is not set."""
+        if isinstance(node, dict) and "local_epochs" not in node and node.get("local_steps") is not None:
+            return {**node, "local_epochs": None}
+        return node
+
+
+class StrategyConfig(Node):
+    """The federated method."""
+
+    name: Literal["fedavg", "local", "centralized"] = key(
+        "fedavg",
+        "fedavg: factors averaged apart (FedIT with adamw); local: no aggregation; centralized: the pooled data, "
+        "as many examples a round as the cohort would see",
+    )
+
+
+class AggregationConfig(Node):
+    """How the server combines updates."""
+
+    client_weights: Literal["examples", "tokens", "uniform"] = key(
+        "examples", "weight of a client: its training examples, its label tokens, or 1"
+    )
+
+
+class EvaluationConfig(Node):
+    """What is measured, and how often."""
+
+    every_rounds: int = key(1, "evaluate after every so many rounds, and always after the last", "rounds", gt=0)
+    client_test: Literal["common", "own_split", "off"] = key(
+        "common",
+        "test set of a client's adapter before and after local training: the global test set (as Plato does, "
+        "which arXiv 2502.18910 most likely used), the client's own held-out examples, or none",
+    )
+    max_test_examples: int | None = key(
+        None, "use at most this many test examples, drawn with run.seed; null: all", "examples", gt=0
+    )
+    max_client_test_examples: int | None = key(
+        100, "as above, for the test of one client; null: all", "examples", gt=0
+    )
+    batch_tokens: int = key(4096, "most tokens of an evaluation batch, padding included", "tokens", gt=0)
+
+
+class CommConfig(Node):
+    """How processes talk to each other."""
+
+    backend: Literal["auto", "gloo", "nccl"] = key("auto", "auto: nccl on GPUs, gloo on CPUs")
+    timeout_s: float = key(
+        1800.0, "a collective that takes longer ends the run; longest imbalance of a round", "seconds", gt=0
+    )
+
+
+class CheckpointConfig(Node):
+    """Resumable state on disk."""
+
+    every_rounds: int = key(1, "write a checkpoint after every so many rounds, and after the last", "rounds", gt=0)
+    keep_last: int = key(2, "how many of the newest checkpoints to keep", "checkpoints", gt=0)
+
+
+class WandbConfig(Node):
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = key(
+        "offline",
+        "offline needs no account: upload later with `wandb sync`; online without a login is recorded offline",
+    )
+    project: str = key("fedsim", "project", min_length=1)
+    entity: str | None = key(None, "team or user; null: the account's default", min_length=1)
+    group: str | None = key(None, "group of runs, for example one sweep", min_length=1)
+    name: str | None = key(None, "name shown for the run; null: run.name", min_length=1)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = key((), "tags of the run")
+    log_adapter: bool = key(True, "store the final adapter as an artifact")
+
+
+class TrackingConfig(Node):
+    """What is shown and recorded while the run goes on."""
+
+    progress: Literal["auto", "live", "plain", "off"] = key(
+        "auto", "auto: a live display in a terminal, plain lines elsewhere"
+    )
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+
+
+class Config(Node):
+    """The whole configuration of a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    cohort: CohortConfig = Field(default_factory=CohortConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
+    aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    comm: CommConfig = Field(default_factory=CommConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
