@@ -1,6 +1,6 @@
 """The configuration tree: every key, its type, default, unit and meaning.
 
-The tree mirrors the package. Its defaults are the embedded quick start, so `python -m fedsim.main` needs no file.
+The tree mirrors the package. Its defaults are the embedded quick start: `fedsim.main` needs no file.
 Every node is frozen, refuses unknown keys and never converts a value of the wrong type.
 """
 
@@ -34,14 +34,20 @@ class RunConfig(Node):
         pattern=NAME_PATTERN,
     )
     output_dir: str = key("runs", "folder that holds the run folders", min_length=1)
-    rounds: int = key(8, "federated rounds; a finished run can be extended by a larger number", "rounds", gt=0)
+    rounds: int = key(
+        8, "federated rounds; a finished run can be extended by a larger number", "rounds", gt=0
+    )
     seed: int = key(
-        0, "seed of everything random: partition, cohorts, initial adapter, data order, dropout", ge=0, lt=2**63
+        0,
+        "seed of everything random: partition, cohorts, initial adapter, data order, dropout",
+        ge=0,
+        lt=2**63,
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where a GPU is visible, else cpu")
     threads_per_process: int = key(
         1,
-        "CPU threads of each process; results are equal bits at equal threads, whatever the number of processes",
+        "CPU threads of each process; at equal threads the results are equal bits, whatever the number of "
+        "processes",
         "threads",
         gt=0,
         le=1024,
@@ -61,9 +67,15 @@ class PartitionConfig(Node):
         1.0, "concentration of the Dirichlet draw: small is skewed, large is even (not used by iid)", gt=0
     )
     num_length_classes: int = key(
-        5, "length classes, cut at quantiles of the untruncated length (arXiv 2502.18910: 5)", "classes", gt=0, le=1000
+        5,
+        "length classes, cut at quantiles of the untruncated length (arXiv 2502.18910: 5)",
+        "classes",
+        gt=0,
+        le=1000,
     )
-    length_unit: Literal["tokens", "words", "characters"] = key("tokens", "what a text's length is counted in")
+    length_unit: Literal["tokens", "words", "characters"] = key(
+        "tokens", "what a text's length is counted in"
+    )
     examples_per_client: int | None = key(
         None,
         "equal share of a client under iid and length_skew; null: as many as the corpus allows",
@@ -78,11 +90,13 @@ class DataConfig(Node):
 
     source: str = key(
         EMBEDDED,
-        "embedded (docstrings of this Python's standard library), a Hugging Face dataset id, or a local JSONL, "
-        "JSON, CSV, parquet or text file or a folder of such files",
+        "embedded (docstrings of this Python's standard library), a Hugging Face dataset id, or a local "
+        "JSONL, JSON, CSV, parquet or text file or a folder of such files",
         min_length=1,
     )
-    subset: str | None = key(None, "configuration name of a Hugging Face dataset that has several", min_length=1)
+    subset: str | None = key(
+        None, "configuration name of a Hugging Face dataset that has several", min_length=1
+    )
     train_split: str = key("train", "split that the clients hold", min_length=1)
     test_split: str | None = key(
         None,
@@ -95,7 +109,9 @@ class DataConfig(Node):
     )
     text_field: str = key("text", "column that holds the text", min_length=1)
     label_field: str | None = key(None, "column with a class label, kept beside each example", min_length=1)
-    client_field: str | None = key(None, "column with a natural client, kept beside each example", min_length=1)
+    client_field: str | None = key(
+        None, "column with a natural client, kept beside each example", min_length=1
+    )
     max_examples: int | None = key(
         None, "use at most this many training examples, drawn with run.seed; null: all", "examples", gt=0
     )
@@ -106,7 +122,11 @@ class DataConfig(Node):
         "error", "what to do with a text that leaves no label token: stop, or drop it and count it"
     )
     client_test_fraction: float = key(
-        0.1, "share of each client's examples that it never trains on: its own test set", "fraction", ge=0, lt=1
+        0.1,
+        "share of each client's examples that it never trains on: its own test set",
+        "fraction",
+        ge=0,
+        lt=1,
     )
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
 
@@ -116,8 +136,8 @@ class ModelConfig(Node):
 
     name_or_path: str = key(
         EMBEDDED,
-        "embedded (a tiny OPT, trained once in seconds and cached), a Hugging Face model id, or a local folder of "
-        "a causal language model",
+        "embedded (a tiny OPT, trained once in seconds and cached), a Hugging Face model id, or a local "
+        "folder of a causal language model",
         min_length=1,
     )
     revision: str | None = key(None, "branch, tag or commit on the hub", min_length=1)
@@ -131,8 +151,8 @@ class ModelConfig(Node):
     )
     dropout: Literal["off", "as_config"] = key(
         "off",
-        "the base's own dropout in local training; as_config: as its config says, which is what the papers' code "
-        "does, since Hugging Face's trainer puts the model into training mode",
+        "the base's own dropout in local training; as_config: as its config says, which is what the papers' "
+        "code does, since Hugging Face's trainer puts the model into training mode",
     )
 
 
@@ -141,11 +161,17 @@ class LoraConfig(Node):
 
     rank: int = key(2, "LoRA rank (arXiv 2502.18910: 2)", gt=0)
     lora_alpha: float = key(
-        16.0, "LoRA alpha; the product B A is scaled by lora_alpha / rank (both papers: 16)", gt=0
+        16.0,
+        "LoRA alpha; the product B A is scaled by lora_alpha / rank (arXiv 2402.11505 and Plato: 16)",
+        gt=0,
     )
-    dropout: float = key(0.05, "dropout on the adapter's input (both papers: 0.05)", "probability", ge=0, lt=1)
+    dropout: float = key(
+        0.05, "dropout on the adapter's input (arXiv 2402.11505 and Plato: 0.05)", "probability", ge=0, lt=1
+    )
     target_modules: tuple[Annotated[str, Field(min_length=1)], ...] = key(
-        ("q_proj", "v_proj"), "names, or ends of dotted names, of the linear modules that get an adapter", min_length=1
+        ("q_proj", "v_proj"),
+        "names, or ends of dotted names, of the linear modules that get an adapter",
+        min_length=1,
     )
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
 
@@ -154,7 +180,10 @@ class CohortConfig(Node):
     """Which clients take part in a round. Set one of the three."""
 
     size: int | None = key(
-        8, "clients of a round, drawn without replacement; null when one of the others is set", "clients", gt=0
+        8,
+        "clients of a round, drawn without replacement; null when one of the others is set",
+        "clients",
+        gt=0,
     )
     fraction: float | None = key(
         None, "share of all clients, rounded down, at least one client", "fraction", gt=0, le=1
@@ -167,10 +196,10 @@ class CohortConfig(Node):
     @classmethod
     def _size_gives_way(cls, node: Any) -> Any:
         """The default size stands only while neither of the other two is set."""
-        if isinstance(node, dict) and "size" not in node:
-            if any(node.get(other) is not None for other in ("fraction", "client_ids")):
-                return {**node, "size": None}
-        return node
+        if not isinstance(node, dict) or "size" in node:
+            return node
+        others_are_set = any(node.get(other) is not None for other in ("fraction", "client_ids"))
+        return {**node, "size": None} if others_are_set else node
 
 
 class OptimizerConfig(Node):
@@ -199,7 +228,8 @@ class PackConfig(Node):
 
     max_clients: int = key(
         1,
-        "clients of a pack; they are trained one after another on one process, so 1 balances the processes best",
+        "clients of a pack; they are trained one after another on one process, so 1 balances the processes "
+        "best",
         "clients",
         gt=0,
     )
@@ -216,7 +246,9 @@ class TrainingConfig(Node):
     gradient_accumulation_steps: int = key(
         1, "forward passes of an optimizer step; the loss is the mean over all label tokens of the step", gt=0
     )
-    max_grad_norm: float | None = key(1.0, "clip each client's gradient to this norm; null: do not clip", gt=0)
+    max_grad_norm: float | None = key(
+        1.0, "clip each client's gradient to this norm; null: do not clip", gt=0
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     pack: PackConfig = Field(default_factory=PackConfig)
@@ -235,8 +267,8 @@ class StrategyConfig(Node):
 
     name: Literal["fedavg", "local", "centralized"] = key(
         "fedavg",
-        "fedavg: factors averaged apart (FedIT with adamw); local: no aggregation; centralized: the pooled data, "
-        "as many examples a round as the cohort would see",
+        "fedavg: factors averaged apart (FedIT with adamw); local: no aggregation; centralized: the pooled "
+        "data, as many examples a round as the cohort would see",
     )
 
 
@@ -251,7 +283,9 @@ class AggregationConfig(Node):
 class EvaluationConfig(Node):
     """What is measured, and how often."""
 
-    every_rounds: int = key(1, "evaluate after every so many rounds, and always after the last", "rounds", gt=0)
+    every_rounds: int = key(
+        1, "evaluate after every so many rounds, and always after the last", "rounds", gt=0
+    )
     client_test: Literal["common", "own_split", "off"] = key(
         "common",
         "test set of a client's adapter before and after local training: the global test set (as Plato does, "
@@ -278,7 +312,9 @@ class CommConfig(Node):
 class CheckpointConfig(Node):
     """Resumable state on disk."""
 
-    every_rounds: int = key(1, "write a checkpoint after every so many rounds, and after the last", "rounds", gt=0)
+    every_rounds: int = key(
+        1, "write a checkpoint after every so many rounds, and after the last", "rounds", gt=0
+    )
     keep_last: int = key(2, "how many of the newest checkpoints to keep", "checkpoints", gt=0)
 
 
@@ -287,7 +323,8 @@ class WandbConfig(Node):
 
     mode: Literal["offline", "online", "disabled"] = key(
         "offline",
-        "offline needs no account: upload later with `wandb sync`; online without a login is recorded offline",
+        "offline needs no account: upload later with `wandb sync`; online without a login is recorded "
+        "offline",
     )
     project: str = key("fedsim", "project", min_length=1)
     entity: str | None = key(None, "team or user; null: the account's default", min_length=1)

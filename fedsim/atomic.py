@@ -1,0 +1,117 @@
+"""Files and folders that appear whole or not at all.
+
+Each is written beside its place under a hidden temporary name, forced to the disk, and renamed. A process
+that dies in between leaves the old content in place. Temporary names begin with a dot, so that a reader who
+lists the folder can skip them.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedsim.errors import RunFolderError
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """As `replace_file`, with text in UTF-8."""
+    replace_file(path, text.encode("utf-8"))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` into the file `path`, new or not; its folder must exist.
+
+    Raises:
+        RunFolderError: the file cannot be written; the old one, if any, is unchanged.
+    """
+    unfinished = _unfinished_name(path)
+    with _as_run_folder_error(path):
+        try:
+            with unfinished.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def replace_folder(path: Path, build: Callable[[Path], None]) -> None:
+    """Put what `build` writes into the folder `path`, in place of a folder that is there.
+
+    Where `path` does not exist, as with a new checkpoint, one rename does it. Where it does, it is moved
+    aside just before the new one is moved in, and deleted afterwards, because not every file system can
+    exchange two folders in one step.
+
+    Args:
+        path: the folder; its parent must exist.
+        build: writes files and folders into the empty folder it is given.
+
+    Raises:
+        RunFolderError: something cannot be written; the old folder, if any, is unchanged. Errors of `build`
+            other than OSError pass.
+    """
+    unfinished = _unfinished_name(path)
+    with _as_run_folder_error(path):
+        try:
+            unfinished.mkdir()
+            build(unfinished)
+            _sync_tree(unfinished)
+            _move_into_place(unfinished, path)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
+
+
+def _move_into_place(folder: Path, path: Path) -> None:
+    if not path.exists():
+        folder.rename(path)
+        return
+    aside = _unfinished_name(path)
+    path.rename(aside)
+    try:
+        folder.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unfinished_name(path: Path) -> Path:
+    """A free hidden name beside `path`. Not made by `tempfile`, whose files only their owner may read."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with (Path(root) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's list of names to the disk, where the file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems refuse this call for folders; the rename itself has happened by now.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _as_run_folder_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} must be writable ({error.strerror or error}); "
+            "free space there or choose another run.output_dir"
+        ) from error

@@ -1,0 +1,125 @@
+"""Ranks fail together: an error on one ends all, each with the same message."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from fedsim.comm.group import Group
+from fedsim.errors import FedsimError, PeerError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def agree(group: Group, what: str, error: Exception | None) -> None:
+    """Exchange how a piece of work ended; raise on every rank if it failed on any.
+
+    With one process the error itself is raised, unchanged.
+
+    Raises:
+        PeerError: `what` failed somewhere; on a rank that failed it is raised from that rank's own error.
+    """
+    if group.world_size == 1:
+        if error is not None:
+            raise error
+        return
+    mine = None if error is None else (type(error).__name__, str(error), isinstance(error, FedsimError))
+    outcomes = group.gather_objects(mine)
+    failures = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
+    if not failures:
+        return
+    told: dict[str, list[int]] = {}
+    for rank, kind, text, _ in failures:
+        told.setdefault(f"{kind}: {text}", []).append(rank)
+    reasons = "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in told.items())
+    raise PeerError(
+        f"{what} failed on {len(failures)} of {group.world_size} ranks; {reasons}",
+        user_error=all(user for *_, user in failures),
+        failed_here=error is not None,
+    ) from error
+
+
+@contextmanager
+def all_or_none(group: Group, what: str) -> Iterator[None]:
+    """Run a block that can fail on one rank; when it did anywhere, every rank raises.
+
+    The block must not contain a collective: a rank that failed would leave the others waiting in it.
+
+    Raises:
+        PeerError: see `agree`.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    agree(group, what, error)
+
+
+def root_first(group: Group, what: str, function: Callable[[], T]) -> T:
+    """Call `function` on rank 0, then on the others, which find in the cache what rank 0 made."""
+    result: T | None = None
+    with all_or_none(group, what):
+        if group.rank == 0:
+            result = function()
+    with all_or_none(group, what):
+        if group.rank != 0:
+            result = function()
+    assert result is not None
+    return result
+
+
+def on_root(group: Group, what: str, function: Callable[[], T]) -> T | None:
+    """Call `function` on rank 0 only; the others get None. Every rank raises if it fails."""
+    result: T | None = None
+    with all_or_none(group, what):
+        if group.rank == 0:
+            result = function()
+    return result
+
+
+def consume_on_root(
+    group: Group, what: str, stream: Iterator[T], function: Callable[[Iterator[T]], R]
+) -> R | None:
+    """Let rank 0 consume a stream whose items are exchanged by all ranks, one collective an item.
+
+    The others take part in every exchange and drop what they receive. If rank 0 fails halfway it goes on exchanging,
+    so that nobody waits for it, and then every rank raises.
+
+    Returns:
+        What `function` returned on rank 0, None elsewhere.
+    """
+    result: R | None = None
+    error: Exception | None = None
+    if group.rank == 0:
+        try:
+            result = function(stream)
+        except Exception as caught:
+            error = caught
+    try:
+        for _ in stream:
+            pass
+    except Exception as caught:
+        error = error or caught
+    agree(group, what, error)
+    return result
+
+
+def same_everywhere(group: Group, what: str, value: str) -> None:
+    """Check that every rank computed the same fingerprint.
+
+    Raises:
+        PeerError: the values differ; the message shows which rank has which.
+    """
+    values = group.gather_objects(value)
+    if len(set(values)) > 1:
+        shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(values))
+        raise PeerError(
+            f"{what} must be the same on every rank, got {shown}; give all nodes the same files and versions",
+            user_error=True,
+            failed_here=True,
+        )
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -1,0 +1,200 @@
+"""The group of processes that run one simulation."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedsim.errors import ConfigError
+
+
+class Group(Protocol):
+    """What fedsim asks of its processes. Each method is collective: every rank calls it, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """Process rank, from 0; 0 is the server."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process, on which exchanged tensors live."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. For small Python objects."""
+        ...
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value on every rank. For small Python objects."""
+        ...
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order; all of one shape and dtype."""
+        ...
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group."""
+        ...
+
+
+class SoloGroup:
+    """The group of one process, without torch.distributed."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """[value]."""
+        return [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """[tensor]."""
+        return [tensor]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class TorchGroup:
+    """The default process group of torch.distributed."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.device = torch.device(device)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See `Group`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """See `Group`."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """See `Group`."""
+        received = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(received, tensor)
+        return received
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """See `Group`."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        dist.destroy_process_group()
+
+
+def world_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun and accelerate export them; (0, 0, 1) without a launcher.
+
+    Raises:
+        ConfigError: the launcher's variables contradict each other.
+    """
+    present = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
+    if not present:
+        return 0, 0, 1
+    try:
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        local_rank = int(environment.get("LOCAL_RANK", rank))
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"RANK and WORLD_SIZE must both be set to whole numbers by the launcher, got {error}; "
+            "start with torchrun, or unset both"
+        ) from error
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"RANK must be in [0, WORLD_SIZE={world_size}), got {rank}")
+    return rank, local_rank, world_size
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of a process: the GPU of its local rank, or the CPU.
+
+    Args:
+        wanted: "auto", "cpu" or "cuda".
+        local_rank: index of the process on its node.
+
+    Raises:
+        ConfigError: cuda is wanted but no GPU is visible, or a node has more processes than GPUs.
+    """
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if num_gpus == 0:
+        if wanted == "cuda":
+            raise ConfigError("run.device must be cpu or auto where no GPU is visible, got 'cuda'")
+        return torch.device("cpu")
+    if num_gpus > 1 and local_rank >= num_gpus:
+        raise ConfigError(
+            f"a node must not run more processes than it has GPUs ({num_gpus}), got local rank {local_rank}; "
+            f"start {num_gpus} processes a node, or set run.device=cpu"
+        )
+    # a launcher that shows each process its own GPU shows it as device 0
+    return torch.device("cuda", local_rank % num_gpus)
+
+
+def join_group(
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    backend: str = "auto",
+    timeout_s: float = 1800.0,
+    init_method: str = "env://",
+) -> Group:
+    """Enter the group of `world_size` processes, or make the group of one.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes.
+        device: of this process.
+        backend: "gloo", "nccl", or "auto" for the one that fits the device.
+        timeout_s: after which a collective fails, in seconds.
+        init_method: rendezvous as in `torch.distributed.init_process_group`.
+
+    Raises:
+        ConfigError: nccl is asked for on a CPU, or gloo on a GPU.
+    """
+    fitting = "nccl" if device.type == "cuda" else "gloo"
+    if backend not in ("auto", fitting):
+        raise ConfigError(f"comm.backend must be auto or {fitting} on {device.type}, got '{backend}'")
+    if world_size == 1:
+        return SoloGroup(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        fitting,
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return TorchGroup(device)

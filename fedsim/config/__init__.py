@@ -1,0 +1,1 @@
+"""The configuration of a run: its tree, files, command line and help."""

@@ -1,0 +1,156 @@
+"""Rules that tie several keys together, checked before anything is loaded."""
+
+from collections.abc import Iterator
+
+from fedsim.config.keys import all_keys, show
+from fedsim.config.messages import refuse
+from fedsim.config.schema import (
+    EMBEDDED,
+    CohortConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+UNUSED_BY_EMBEDDED_DATA = ("subset", "train_split", "test_split", "text_field", "label_field", "client_field")
+UNUSED_BY_EMBEDDED_MODEL = ("revision", "tokenizer", "trust_remote_code", "allow_pickle")
+UNUSED_BY_OPTIMIZER = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
+
+
+def cross_checks(config: Config) -> None:
+    """Refuses values that do not go together, or that would silently do nothing.
+
+    Raises:
+        ConfigError: one line that names every problem.
+    """
+    refuse(
+        [
+            *_cohort(config.cohort, config.data.partition.num_clients),
+            *_data(config.data),
+            *_partition(config.data),
+            *_model(config.model, config.run),
+            *_lora(config.lora),
+            *_training(config.training),
+            *_evaluation(config.evaluation, config.data),
+            *_comm(config),
+        ]
+    )
+
+
+def _one_of(section: str, values: dict[str, object]) -> Iterator[str]:
+    """Exactly one of the keys of a section is set."""
+    names = [f"{section}.{name}" for name in values]
+    are_set = [f"{section}.{name}={show(value)}" for name, value in values.items() if value is not None]
+    choice = f"{', '.join(names[:-1])} and {names[-1]}"
+    if not are_set:
+        yield f"one of {choice} must be set, got null for all"
+    if len(are_set) > 1:
+        yield f"only one of {choice} may be set, got {' and '.join(are_set)}; set the others to null"
+
+
+def _unused(section: str, node: object, names: tuple[str, ...], because: str) -> Iterator[str]:
+    """Keys that the rest of the configuration makes meaningless stay at their defaults."""
+    for name in names:
+        default, got = all_keys()[f"{section}.{name}"].default, getattr(node, name)
+        if got != default:
+            yield f"{section}.{name} must stay at its default {show(default)} {because}, got {show(got)}"
+
+
+def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
+    limit = f"data.partition.num_clients={num_clients}"
+    yield from _one_of(
+        "cohort", {"size": cohort.size, "fraction": cohort.fraction, "client_ids": cohort.client_ids}
+    )
+    if cohort.size is not None and cohort.size > num_clients:
+        yield f"cohort.size must be in [1, {limit}], got {cohort.size}"
+    if cohort.client_ids is not None:
+        outside = [client_id for client_id in cohort.client_ids if client_id >= num_clients]
+        if outside:
+            yield f"cohort.client_ids must be below {limit}, got {show(outside)}"
+        twice = sorted({i for i in cohort.client_ids if cohort.client_ids.count(i) > 1})
+        if twice:
+            yield f"cohort.client_ids must name each client once, got {show(twice)} more than once"
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if data.source == EMBEDDED:
+        yield from _unused("data", data, UNUSED_BY_EMBEDDED_DATA, "when data.source is embedded")
+    if data.test_split is not None:
+        yield from _unused("data", data, ("test_fraction",), "when data.test_split is set")
+    if data.max_examples is None:
+        return
+    partition = data.partition
+    least = 1
+    why = f"data.partition.num_clients={partition.num_clients}"
+    if partition.name == "quantity_skew":
+        least = partition.min_examples
+        why += f" times data.partition.min_examples={least}"
+    elif partition.examples_per_client is not None:
+        least = partition.examples_per_client
+        why += f" times data.partition.examples_per_client={least}"
+    if data.max_examples < least * partition.num_clients:
+        yield f"data.max_examples must be null or at least {why}, got {data.max_examples}"
+
+
+def _partition(data: DataConfig) -> Iterator[str]:
+    partition = data.partition
+    if partition.name == "length_skew" and partition.num_length_classes == 1:
+        yield (
+            "data.partition.num_length_classes must be at least 2 when data.partition.name is length_skew, "
+            "got 1; use data.partition.name=iid for no skew"
+        )
+    if partition.name == "quantity_skew":
+        because = "when data.partition.name is quantity_skew, which draws the sizes"
+        yield from _unused("data.partition", partition, ("examples_per_client",), because)
+
+
+def _model(model: ModelConfig, run: RunConfig) -> Iterator[str]:
+    if model.name_or_path == EMBEDDED:
+        yield from _unused("model", model, UNUSED_BY_EMBEDDED_MODEL, "when model.name_or_path is embedded")
+    if run.device == "cpu" and model.dtype == "float16":
+        yield "model.dtype must be float32, bfloat16 or float64 when run.device is cpu, got 'float16'"
+
+
+def _lora(lora: LoraConfig) -> Iterator[str]:
+    twice = sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1})
+    if twice:
+        yield f"lora.target_modules must name each module once, got {show(twice)} more than once"
+
+
+def _training(training: TrainingConfig) -> Iterator[str]:
+    yield from _one_of(
+        "training", {"local_epochs": training.local_epochs, "local_steps": training.local_steps}
+    )
+    warmup = training.schedule.warmup_steps
+    if training.local_steps is not None and warmup > training.local_steps:
+        limit = f"training.local_steps={training.local_steps}"
+        yield f"training.schedule.warmup_steps must be at most {limit}, got {warmup}"
+    yield from _optimizer(training.optimizer)
+
+
+def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
+    because = f"when training.optimizer.name is {optimizer.name}, which does not use it"
+    yield from _unused("training.optimizer", optimizer, UNUSED_BY_OPTIMIZER[optimizer.name], because)
+
+
+def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]:
+    if evaluation.client_test == "own_split" and data.client_test_fraction == 0:
+        yield (
+            "data.client_test_fraction must be > 0 when evaluation.client_test is own_split, got "
+            f"{show(data.client_test_fraction)}"
+        )
+    if evaluation.batch_tokens < data.max_tokens:
+        yield (
+            f"evaluation.batch_tokens must be at least data.max_tokens={data.max_tokens}, got "
+            f"{evaluation.batch_tokens}"
+        )
+
+
+def _comm(config: Config) -> Iterator[str]:
+    if config.run.device == "cpu" and config.comm.backend == "nccl":
+        yield "comm.backend must be auto or gloo when run.device is cpu, got 'nccl'"

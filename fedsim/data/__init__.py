@@ -1,0 +1,1 @@
+"""Corpora, token store, length classes, partitions and batches."""

@@ -1,0 +1,192 @@
+"""Corpora: which texts clients hold, and which are held out as the global test set."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.cache import content_hash
+from fedsim.config.schema import EMBEDDED, DataConfig
+from fedsim.data.sources import Table, read_splits
+from fedsim.errors import DataError
+from fedsim.seeding import numpy_generator
+
+logger = logging.getLogger(__name__)
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Texts, and what is known of each.
+
+    Attributes:
+        texts: n texts; may be empty strings.
+        labels: n class labels, or None.
+        clients: n natural clients, or None.
+        rows: row of each text in the split it was read from, for messages; None: texts are rows 0 ... n - 1.
+    """
+
+    texts: Sequence[str]
+    labels: Sequence[str] | None = None
+    clients: Sequence[str] | None = None
+    rows: Ints | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def source_row(self, index: int) -> int:
+        """Row of a text in the split it was read from, counted from 0."""
+        return index if self.rows is None else int(self.rows[index])
+
+    def select(self, indices: Ints) -> "TextSet":
+        """The texts at `indices`, in that order."""
+        chosen = indices.tolist()
+        return TextSet(
+            [self.texts[index] for index in chosen],
+            None if self.labels is None else [self.labels[index] for index in chosen],
+            None if self.clients is None else [self.clients[index] for index in chosen],
+            indices if self.rows is None else self.rows[indices],
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of texts, labels and clients in their order."""
+        digest = hashlib.blake2b(digest_size=16)
+        for values in (self.texts, self.labels, self.clients):
+            digest.update(b"none" if values is None else len(values).to_bytes(8, "little"))
+            for index, value in enumerate(values or ()):
+                try:
+                    encoded = value.encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(
+                        f"data: row {self.source_row(index)} (counted from 0) is not valid Unicode text: {error}"
+                    ) from error
+                digest.update(len(encoded).to_bytes(8, "little"))
+                digest.update(encoded)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The texts of an experiment.
+
+    Attributes:
+        train: what clients hold.
+        test: the global test set; no row of it is in `train`.
+        source: `data.source`.
+        test_from: in words, which part is held out.
+        fingerprint: hash of both sets.
+    """
+
+    train: TextSet
+    test: TextSet
+    source: str
+    test_from: str
+    fingerprint: str
+
+
+def build_corpus(config: DataConfig, seed: int) -> Corpus:
+    """Read the corpus of `data.source` and set its test part aside.
+
+    Where `data.test_split` is null, `data.test_fraction` of the training split is held out, drawn with the seed. The
+    test set is taken before `data.max_examples` thins out the rest, so it does not change with that key.
+
+    Raises:
+        DataError: the source, a split or a column is missing, a value is not a text, or a part would be empty.
+    """
+    splits = read_splits(config.source, config.subset)
+    text_set = _text_set(config, splits, config.train_split, "data.train_split")
+    if config.test_split is None:
+        train, test = _hold_out(text_set, config.test_fraction, seed)
+        test_from = (
+            f"{len(test)} of {len(text_set)} examples of split '{config.train_split}', drawn at random before the "
+            "partition"
+        )
+    else:
+        if config.test_split == config.train_split:
+            raise DataError(
+                f"data.test_split must differ from data.train_split, got '{config.test_split}' for both; set it to "
+                "null to hold out a part of the training split"
+            )
+        train, test = text_set, _text_set(config, splits, config.test_split, "data.test_split")
+        test_from = f"split '{config.test_split}' ({len(test)} examples)"
+    if config.max_examples is not None and config.max_examples < len(train):
+        chosen = numpy_generator(seed, "max_examples").permutation(len(train))[: config.max_examples]
+        train = train.select(np.sort(chosen))
+    logger.info("%s: %d training examples; global test set: %s", config.source, len(train), test_from)
+    fingerprint = content_hash({"train": train.fingerprint, "test": test.fingerprint})
+    return Corpus(train, test, config.source, test_from, fingerprint)
+
+
+def _hold_out(texts: TextSet, fraction: float, seed: int) -> tuple[TextSet, TextSet]:
+    total = len(texts)
+    if total < 2:
+        raise DataError(
+            f"data.test_split=null holds out a part of the training split, which needs at least 2 examples, got {total}"
+        )
+    num_test = min(max(round(fraction * total), 1), total - 1)
+    order = numpy_generator(seed, "test_split").permutation(total)
+    return texts.select(np.sort(order[num_test:])), texts.select(np.sort(order[:num_test]))
+
+
+def _text_set(config: DataConfig, splits: dict[str, Table], split: str, key: str) -> TextSet:
+    if split not in splits:
+        raise DataError(
+            f"{key} must be a split of {config.source} ({', '.join(sorted(splits))}), got '{split}'"
+        )
+    table = splits[split]
+    where = f"split '{split}' of {config.source}"
+    if table.num_rows == 0:
+        raise DataError(f"{key}: {where} must hold at least one example, got none")
+    texts = _column(table, config.text_field, "data.text_field", where)
+    _check_texts(texts, config.text_field, where)
+    client_field = config.client_field
+    if client_field is None and config.source == EMBEDDED:
+        client_field = "module"
+    # A test split often lacks the columns that only the partition needs.
+    fields = {"data.label_field": config.label_field, "data.client_field": client_field}
+    extra = {
+        name: None
+        if field is None or (key == "data.test_split" and field not in table.columns)
+        else _names(_column(table, field, name, where), name, field, where)
+        for name, field in fields.items()
+    }
+    return TextSet(texts, extra["data.label_field"], extra["data.client_field"])
+
+
+def _column(table: Table, column: str, key: str, where: str) -> Sequence[Any]:
+    if column not in table.columns:
+        raise DataError(f"{key} must be a column of {where} ({', '.join(table.columns)}), got '{column}'")
+    return table.read(column)
+
+
+def _check_texts(values: Sequence[Any], column: str, where: str) -> None:
+    for row, value in enumerate(values):
+        if not isinstance(value, str):
+            raise DataError(
+                f"data.text_field='{column}' must hold a text in every row, but row {row} (counted from 0) of {where} "
+                f"is {_describe(value)}; correct or remove it"
+            )
+
+
+def _names(values: Sequence[Any], key: str, column: str, where: str) -> list[str]:
+    for row, value in enumerate(values):
+        if not isinstance(value, str | int | float) or value != value:  # noqa: PLR0124 - NaN is a missing number
+            raise DataError(
+                f"{key}='{column}' must hold a text or a number in every row, but row {row} (counted from 0) of "
+                f"{where} is {_describe(value)}; correct or remove it"
+            )
+    return [str(value) for value in values]
+
+
+def _describe(value: object) -> str:
+    if value is None:
+        return "null"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"

@@ -1,0 +1,255 @@
+"""Partitions: which client holds which examples, as columns, so that 100,000 clients are a few arrays.
+
+N = examples of the training corpus, K = clients, C = length classes.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.errors import DataError
+from fedsim.seeding import numpy_generator
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deal:
+    """What a partitioner returns: each client's examples, before any of them is set aside for testing.
+
+    Attributes:
+        indices: (M,) example indices, client after client, ascending within a client.
+        offsets: (K + 1,) client k holds `indices[offsets[k]:offsets[k + 1]]`.
+        notes: policies in words and figures of the deal, JSON-like, for `partition.json`.
+    """
+
+    indices: Ints
+    offsets: Ints
+    notes: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partition:
+    """Which client trains on which examples, and which it keeps for its own test.
+
+    Clients are counted from 0 to K - 1, examples from 0 to N - 1 (positions in the training token store).
+
+    Attributes:
+        name: the partitioner (`data.partition.name`).
+        train_indices, train_offsets: (M,) and (K + 1,) int64; client k trains on
+            `train_indices[train_offsets[k]:train_offsets[k + 1]]`, at least one example.
+        test_indices, test_offsets: the same for its own test examples, of which there may be none.
+        classes: (N,) int64 length class of each example.
+        class_edges: inner edges of the length classes; class c holds the lengths in (edge c - 1, edge c].
+        length_unit: unit of the edges.
+        truncated: (N,) bool, examples that are cut to data.max_tokens.
+        notes: policies in words and figures of the deal, JSON-like.
+    """
+
+    name: str
+    train_indices: Ints
+    train_offsets: Ints
+    test_indices: Ints
+    test_offsets: Ints
+    classes: Ints
+    class_edges: tuple[float, ...]
+    length_unit: str
+    truncated: NDArray[np.bool_]
+    notes: Mapping[str, object]
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients K."""
+        return self.train_offsets.size - 1
+
+    @property
+    def num_classes(self) -> int:
+        """Number of length classes C."""
+        return len(self.class_edges) + 1
+
+    @property
+    def sizes(self) -> Ints:
+        """(K,) training examples of each client."""
+        return np.diff(self.train_offsets)
+
+    @property
+    def test_sizes(self) -> Ints:
+        """(K,) own test examples of each client."""
+        return np.diff(self.test_offsets)
+
+    def train(self, client_id: int) -> Ints:
+        """Indices of the client's training examples, ascending."""
+        return _of_client(self.train_indices, self.train_offsets, client_id)
+
+    def test(self, client_id: int) -> Ints:
+        """Indices of the client's own test examples, ascending."""
+        return _of_client(self.test_indices, self.test_offsets, client_id)
+
+    def class_counts(self) -> Ints:
+        """(K, C) training examples of each client in each length class."""
+        clients = np.repeat(np.arange(self.num_clients), self.sizes)
+        cells = clients * self.num_classes + self.classes[self.train_indices]
+        counts = np.bincount(cells, minlength=self.num_clients * self.num_classes)
+        return counts.reshape(self.num_clients, self.num_classes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of who holds what; equal for equal assignments on every platform."""
+        digest = hashlib.blake2b(digest_size=16)
+        for column in (self.train_indices, self.train_offsets, self.test_indices, self.test_offsets):
+            digest.update(column.size.to_bytes(8, "little"))
+            digest.update(column.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, object]:
+        """The partition in figures, for `partition.json`: all but the indices themselves.
+
+        `mean_pairwise_overlap` is the mean over pairs of clients of the examples both hold (training or test),
+        divided by a client's mean number of examples: 0 where the partition is disjoint.
+        """
+        held = np.concatenate((self.train_indices, self.test_indices))
+        holders = np.bincount(held, minlength=self.classes.size)
+        unique = int(np.count_nonzero(holders))
+        in_class = np.bincount(self.classes, minlength=self.num_classes)
+        truncated = np.bincount(self.classes[self.truncated], minlength=self.num_classes)
+        return {
+            "partitioner": self.name,
+            "hash": self.fingerprint,
+            "num_clients": self.num_clients,
+            "num_examples": int(self.classes.size),
+            "unique_examples": unique,
+            "unused_examples": int(self.classes.size) - unique,
+            "mean_pairwise_overlap": _mean_pairwise_overlap(holders, self.num_clients),
+            "class_edges": list(self.class_edges),
+            "class_unit": self.length_unit,
+            "class_counts": in_class.tolist(),
+            "class_share_truncated": (truncated / np.maximum(in_class, 1)).tolist(),
+            "notes": dict(self.notes),
+            "sizes": self.sizes.tolist(),
+            "test_sizes": self.test_sizes.tolist(),
+            "client_class_counts": self.class_counts().tolist(),
+        }
+
+
+def to_deal(indices: Ints, clients: Ints, num_clients: int, notes: Mapping[str, object]) -> Deal:
+    """A deal from pairs: example `indices[j]` goes to client `clients[j]`. The order of pairs does not matter."""
+    order = np.lexsort((indices, clients))
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(clients, minlength=num_clients))))
+    return Deal(indices[order], offsets.astype(np.int64), notes)
+
+
+def split_clients(deal: Deal, num_examples: int, fraction: float, seed: int) -> tuple[Ints, Ints, Ints, Ints]:
+    """Set a share of each client's examples aside as its own test set.
+
+    Every example of the corpus has one random rank, drawn once from the seed; a client's test examples are those of
+    its examples that rank first. So the split depends on the client's examples alone, not on other clients.
+
+    Args:
+        num_examples: N.
+        fraction: share in [0, 1), rounded half up; where it is positive, a client with at least 2 examples gets at
+            least 1 test example. Every client keeps at least 1 training example.
+
+    Returns:
+        train indices, train offsets, test indices, test offsets, as in `Partition`.
+    """
+    sizes = np.diff(deal.offsets)
+    num_test = np.zeros_like(sizes)
+    if fraction > 0:
+        wanted = np.floor(fraction * sizes + 0.5).astype(np.int64)
+        num_test = np.where(sizes >= 2, np.clip(wanted, 1, np.maximum(sizes - 1, 1)), 0)
+    clients = np.repeat(np.arange(sizes.size), sizes)
+    ranks = numpy_generator(seed, "client_test").permutation(num_examples)[deal.indices]
+    by_rank = np.lexsort((ranks, clients))
+    place = np.arange(clients.size) - np.repeat(deal.offsets[:-1], sizes)
+    is_test = np.zeros(clients.size, dtype=bool)
+    is_test[by_rank] = place < np.repeat(num_test, sizes)
+    return (
+        deal.indices[~is_test],
+        np.concatenate(([0], np.cumsum(sizes - num_test))).astype(np.int64),
+        deal.indices[is_test],
+        np.concatenate(([0], np.cumsum(num_test))).astype(np.int64),
+    )
+
+
+def equal_share(num_examples: int, num_clients: int, examples_per_client: int | None) -> int:
+    """Examples of each client where all hold the same number: as asked for, else floor(N / K).
+
+    Raises:
+        DataError: the corpus is too small for that.
+    """
+    if examples_per_client is None:
+        check_enough(num_examples, num_clients, 1)
+        return num_examples // num_clients
+    if examples_per_client * num_clients > num_examples:
+        raise DataError(
+            f"data.partition.examples_per_client must be at most {num_examples // num_clients} ({num_examples} "
+            f"training examples over data.partition.num_clients={num_clients}, no example twice), got "
+            f"{examples_per_client}; lower one of the two keys"
+        )
+    return examples_per_client
+
+
+def check_enough(num_examples: int, num_clients: int, min_examples: int) -> None:
+    """Raise DataError where K clients cannot each hold `min_examples` of N examples."""
+    if num_clients * min_examples <= num_examples:
+        return
+    if min_examples == 1:
+        raise DataError(
+            f"data.partition.num_clients must be at most the number of training examples, {num_examples}, got "
+            f"{num_clients}; lower it or use a larger corpus"
+        )
+    raise DataError(
+        f"data.partition.min_examples must be at most {num_examples // num_clients} ({num_examples} training examples "
+        f"over data.partition.num_clients={num_clients}), got {min_examples}; lower one of the two keys"
+    )
+
+
+def largest_remainder(shares: NDArray[np.float64], totals: Ints) -> Ints:
+    """Round rows of non-negative real numbers to integers with given row sums (Hamilton's method).
+
+    Args:
+        shares: (rows, columns); row i sums to `totals[i]` up to rounding error.
+        totals: (rows,) int64.
+
+    Returns:
+        (rows, columns) int64, the floor of each share or one more; of equal remainders the first column wins.
+    """
+    floors = np.floor(shares).astype(np.int64)
+    missing = totals - floors.sum(axis=1)
+    order = np.argsort(-(shares - floors), axis=1, kind="stable")
+    places = np.empty_like(order)
+    np.put_along_axis(places, order, np.broadcast_to(np.arange(shares.shape[1]), shares.shape), axis=1)
+    rounded: Ints = floors + (places < missing[:, None])
+    return rounded
+
+
+def log_gamma_draws(
+    alpha: float, shape: tuple[int, ...], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Logarithms of Gamma(alpha, 1) draws; a row of them, exponentiated and normalised, is a Dirichlet(alpha) draw.
+
+    Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha), so the logarithm stays finite where the draw itself would
+    underflow to 0 (from alpha of about 0.01 down) and a Dirichlet draw would be 0 / 0. Below alpha = 1e-6 the draw of
+    1e-6 is returned: all mass is on one entry already.
+    """
+    alpha = max(alpha, 1e-6)
+    draws: NDArray[np.float64] = np.log(generator.standard_gamma(alpha + 1, shape))
+    return draws - generator.standard_exponential(shape) / alpha
+
+
+def _of_client(indices: Ints, offsets: Ints, client_id: int) -> Ints:
+    if not 0 <= client_id < offsets.size - 1:
+        raise IndexError(f"client {client_id} of {offsets.size - 1}")
+    return indices[offsets[client_id] : offsets[client_id + 1]]
+
+
+def _mean_pairwise_overlap(holders: Ints, num_clients: int) -> float:
+    pairs = num_clients * (num_clients - 1) / 2
+    held = int(holders.sum())
+    if pairs == 0 or held == 0:
+        return 0.0
+    shared = float((holders * (holders - 1) // 2).sum())
+    return shared / pairs / (held / num_clients)

@@ -1,0 +1,1 @@
+"""Test losses, per client and global, as sums that merge exactly."""

@@ -1,0 +1,98 @@
+"""The command line: from arguments to a finished run.
+
+Exit codes: 0 finished, 1 a bug or a machine's failure, 2 something the user can mend.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedsim.config.loader import CommandLine, parse_command_line, to_yaml
+from fedsim.errors import FedsimError, PeerError
+
+if TYPE_CHECKING:
+    from fedsim.comm.group import Group
+
+EXIT_BUG = 1
+EXIT_USER = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; every rank returns the same exit code."""
+    try:
+        # --help and --version print here: once, not once a rank
+        with contextlib.redirect_stdout(sys.stdout if os.environ.get("RANK", "0") == "0" else io.StringIO()):
+            command = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        return _with_group(command)
+    except PeerError as error:
+        _tell(error)
+        if error.user_error:
+            return EXIT_USER
+        if error.failed_here and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        return EXIT_BUG
+    except FedsimError as error:
+        _tell(error)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        sys.stderr.write("fedsim: interrupted; the same command resumes from the last checkpoint\n")
+        return 130
+
+
+def _tell(error: FedsimError) -> None:
+    """One line on stderr; with several processes, each says who it is."""
+    rank = os.environ.get("RANK")
+    where = f" [rank {rank}]" if os.environ.get("WORLD_SIZE", "1") != "1" and rank is not None else ""
+    text = " ".join(str(error).split())
+    sys.stderr.write(f"fedsim{where}: {type(error).__name__}: {text}\n")
+    sys.stderr.flush()
+
+
+def _with_group(command: CommandLine) -> int:
+    """Set this process up, join the others, and simulate."""
+    import torch
+
+    from fedsim.comm.group import choose_device, join_group, world_from_environment
+
+    config = command.config
+    rank, local_rank, world_size = world_from_environment()
+    device = choose_device(config.run.device, local_rank)
+    torch.set_num_threads(config.run.threads_per_process)
+    _configure_logging(rank)
+    group = join_group(rank, world_size, device, config.comm.backend, config.comm.timeout_s)
+    code = _simulate(command, group)
+    # not in a `finally`: a rank that failed must not wait for the others on its way out
+    group.close()
+    return code
+
+
+def _simulate(command: CommandLine, group: "Group") -> int:
+    from fedsim.simulation import dry_run, simulate
+
+    if command.dry_run:
+        text = dry_run(command.config, group)
+        if group.rank == 0:
+            sys.stdout.write(f"{to_yaml(command.config)}\n{text}\n")
+        return 0
+    simulate(command.config, group)
+    return 0
+
+
+def _configure_logging(rank: int) -> None:
+    """Rank 0 tells what happens, the others only what is wrong."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.getLogger("fedsim").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

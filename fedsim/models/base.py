@@ -1,0 +1,169 @@
+"""The frozen base model that all clients share."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config.schema import EMBEDDED, ModelConfig
+from fedsim.errors import ModelError
+from fedsim.models.architecture import KEY, read_model_config
+from fedsim.models.embedded import embedded_base_folder
+from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
+from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
+
+HASHED_BYTES = 2**20
+"""Tensors up to this size are hashed whole."""
+
+SAMPLED_VALUES = 2**16
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model ready for adapters.
+
+    Attributes:
+        model: a causal language model of `transformers`, in evaluation mode, no parameter requires a gradient.
+        tokenizer: checked to fit the model.
+        pad_id: fills short sequences; always masked.
+        name: as configured.
+        dtype: of the weights.
+        fingerprint: hash of names, shapes and values; equal on two processes if they hold the same base.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    pad_id: int
+    name: str
+    dtype: torch.dtype
+    fingerprint: str
+
+
+def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
+    """Load the base model onto `device`, frozen. The embedded one is trained first if it is not in the cache.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be found, read or used, or they do not fit each other; its
+            weights are only there in pickle format and `model.allow_pickle` is false; weights are missing.
+        ConfigError: `model.revision` is set for a local folder.
+        DataError, CacheError: the embedded base cannot be trained or kept.
+    """
+    device = torch.device(device)
+    dtype = choose_dtype(config.dtype, device)
+    tokenizer = build_tokenizer(config)
+    folder = embedded_base_folder() if config.name_or_path == EMBEDDED else _locate_weights(config)
+    model = load_frozen(folder, config, dtype).to(device)
+    rows = model.get_input_embeddings().num_embeddings
+    check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
+    return BaseModel(model, tokenizer, padding_id(tokenizer), config.name_or_path, dtype, fingerprint(model))
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type of the base weights; "auto" is bfloat16 on a GPU and float32 on a CPU, whatever the file holds."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_frozen(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The model in a local folder, on the CPU, in evaluation mode, without gradients.
+
+    Raises:
+        ModelError: as `build_base`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name = config.name_or_path
+    model_config = read_model_config(folder, name, config.trust_remote_code)
+    use_safetensors = _choose_format(folder, name, config.allow_pickle)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=dtype,
+            use_safetensors=use_safetensors,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=not config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...
+        raise ModelError(
+            f"{KEY}={name}: its weights in {folder} cannot be loaded ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    _check_complete(loading, name, folder)
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a model's parameters and buffers, the same on every device.
+
+    Tensors of at most `HASHED_BYTES` are hashed whole. Of a larger one go into the hash the exact sum of its values
+    read as integers, so that any one changed bit shows, and `SAMPLED_VALUES` values at even distances: a base of
+    billions of parameters takes a pass over its memory, and next to nothing is copied from a GPU.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_content(tensor))
+    return digest.hexdigest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    values = tensor.detach().contiguous().view(-1)
+    if values.numel() * values.element_size() <= HASHED_BYTES:
+        return values.cpu().view(torch.uint8).numpy().tobytes()
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size(), torch.uint8)
+    integers = values.view(words)
+    total = int(integers.sum(dtype=torch.int64).item())
+    sample = integers[:: -(-integers.numel() // SAMPLED_VALUES)].cpu()
+    return total.to_bytes(8, "little", signed=True) + sample.view(torch.uint8).numpy().tobytes()
+
+
+def _locate_weights(config: ModelConfig) -> Path:
+    patterns: tuple[str, ...] = (
+        CONFIG_FILES + SAFETENSORS_FILES + (PICKLE_FILES if config.allow_pickle else ())
+    )
+    patterns += CODE_FILES if config.trust_remote_code else ()
+    return locate(KEY, config.name_or_path, config.revision, patterns)
+
+
+def _choose_format(folder: Path, name: str, allow_pickle: bool) -> bool:
+    """True for safetensors, which win where both are there."""
+    if any(folder.glob("*.safetensors")):
+        return True
+    if not allow_pickle:
+        raise ModelError(
+            f"{KEY}={name}: {folder} has no weights in safetensors format (*.safetensors); set model.allow_pickle=true "
+            "to accept PyTorch's pickle format if you trust their source, convert them with "
+            "save_pretrained, or set model.revision to a hub revision that has them (such as refs/pr/...)"
+        )
+    if not any(folder.glob("*.bin")):
+        raise ModelError(f"{KEY}={name}: {folder} has no weights (*.safetensors or *.bin)")
+    return False
+
+
+def _check_complete(loading: dict[str, Any], name: str, folder: Path) -> None:
+    for what, keys in (
+        ("missing", loading["missing_keys"]),
+        ("of another shape", loading["mismatched_keys"]),
+    ):
+        if keys:
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+            raise ModelError(
+                f"{KEY}={name}: the weights in {folder} do not fit its config.json; {len(names)} tensors are {what}, "
+                f"such as {names[0]}"
+            )
+    if loading["unexpected_keys"]:
+        logger.info(
+            "%s has weights that its architecture does not use, such as %s",
+            name,
+            min(loading["unexpected_keys"]),
+        )

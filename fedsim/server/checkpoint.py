@@ -1,0 +1,123 @@
+"""Checkpoints: the server's state between two rounds, on disk whole or not at all."""
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fedsim.atomic import replace_folder
+from fedsim.errors import CheckpointError
+from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+TENSORS_FILE = "state.safetensors"
+_ADAPTER = "adapter"
+_STRATEGY = "strategy/"
+
+
+def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
+    """Write `round_NNNNNN`, named after the rounds completed, below `folder`; then drop all but the newest `keep_last`.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    from safetensors.torch import save
+
+    named = {_ADAPTER: state.adapter} | {
+        f"{_STRATEGY}{name}": adapter for name, adapter in state.strategy_state.items()
+    }
+    tensors = {
+        f"{name}|{module}|{side}": getattr(factors, side).detach().cpu().contiguous()
+        for name, adapter in named.items()
+        for module, factors in adapter.items()
+        for side in ("A", "B")
+    }
+    data = save(tensors)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "round_index": state.round_index,
+        "adapters": {
+            name: {module: factors.scaling for module, factors in adapter.items()}
+            for name, adapter in named.items()
+        },
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+    def build(unfinished: Path) -> None:
+        (unfinished / TENSORS_FILE).write_bytes(data)
+        (unfinished / STATE_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
+
+    target = folder / f"round_{state.round_index:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_folder(target, build)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints below `folder`, oldest first."""
+    return sorted(path for path in folder.glob("round_[0-9]*") if path.is_dir())
+
+
+def load_newest_checkpoint(folder: Path) -> ServerState | None:
+    """The newest readable checkpoint, on the CPU; None if there is none at all.
+
+    A damaged newest checkpoint is reported and the one before it is used.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is readable, or the newest is of a later fedsim.
+    """
+    found = list_checkpoints(folder)
+    problems = []
+    for path in reversed(found):
+        try:
+            return _load(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path.name}: {error}")
+            logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+    if found:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is readable ({'; '.join(problems)}); delete the folder to start again"
+        )
+    return None
+
+
+def _load(path: Path) -> ServerState:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    description: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    if description["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} must have format version {FORMAT_VERSION}, got {description['format_version']}; "
+            "go on with the fedsim version that wrote it"
+        )
+    data = (path / TENSORS_FILE).read_bytes()
+    if hashlib.sha256(data).hexdigest() != description["tensors_sha256"]:
+        raise ValueError(f"{TENSORS_FILE} does not have its checksum")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    adapters = {
+        name: AdapterState(
+            {
+                module: LoraFactors(tensors[f"{name}|{module}|A"], tensors[f"{name}|{module}|B"], scaling)
+                for module, scaling in modules.items()
+            }
+        )
+        for name, modules in description["adapters"].items()
+    }
+    adapter = adapters.pop(_ADAPTER)
+    entries = {name.removeprefix(_STRATEGY): entry for name, entry in adapters.items()}
+    return ServerState(description["round_index"], adapter, entries)

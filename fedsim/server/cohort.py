@@ -1,0 +1,107 @@
+"""Which clients take part in a round, and what each of them does."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsim.data.build import FederatedData
+from fedsim.lora.updates import POOLED_CLIENT
+from fedsim.seeding import numpy_generator
+from fedsim.training.packs import ClientJob
+
+
+@dataclass(frozen=True, slots=True)
+class CohortPolicy:
+    """How cohorts are chosen.
+
+    Attributes:
+        num_clients: all clients of the federation.
+        size: clients of a round.
+        client_ids: the same clients in every round, or None to draw them.
+    """
+
+    num_clients: int
+    size: int
+    client_ids: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBudget:
+    """How much a client trains in a round: exactly one of epochs and steps.
+
+    Attributes:
+        local_epochs: passes over its examples.
+        local_steps: optimizer steps.
+        examples_per_step: examples that an optimizer step sees.
+    """
+
+    local_epochs: int | None
+    local_steps: int | None
+    examples_per_step: int
+
+    def examples_seen(self, num_examples: int) -> int:
+        """Examples that a client with `num_examples` processes in a round, repetitions counted."""
+        if self.local_epochs is not None:
+            return num_examples * self.local_epochs
+        assert self.local_steps is not None
+        return self.local_steps * self.examples_per_step
+
+
+def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[int, ...]:
+    """The clients of a round in ascending order: `size` of them without replacement, or the fixed list.
+
+    The draw depends on (seed, round) alone.
+    """
+    if policy.client_ids is not None:
+        return tuple(sorted(policy.client_ids))
+    drawn = numpy_generator(seed, "cohort", round_index).choice(
+        policy.num_clients, size=policy.size, replace=False, shuffle=False
+    )
+    return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def client_jobs(cohort: Sequence[int], data: FederatedData, budget: LocalBudget) -> tuple[ClientJob, ...]:
+    """One job for each client of the cohort, in its order."""
+    return tuple(
+        _job(
+            client_id, data.partition.train(client_id), data, budget.local_epochs, budget.local_steps, budget
+        )
+        for client_id in cohort
+    )
+
+
+def pooled_job(
+    cohort: Sequence[int], data: FederatedData, budget: LocalBudget, seed: int, round_index: int
+) -> tuple[ClientJob, ...]:
+    """One job for the virtual client with all clients' examples, with the budget of the cohort.
+
+    It draws as many examples as the cohort would process, without replacement until the pool is used up, from the
+    stream (seed, round).
+    """
+    pool = np.sort(data.partition.train_indices)
+    wanted = sum(budget.examples_seen(len(data.partition.train(client_id))) for client_id in cohort)
+    generator = numpy_generator(seed, "pool", round_index)
+    passes = [generator.permutation(pool) for _ in range(-(-wanted // len(pool)))]
+    examples = np.concatenate(passes)[:wanted]
+    return (_job(POOLED_CLIENT, examples, data, 1, None, budget),)
+
+
+def _job(
+    client_id: int,
+    examples: np.ndarray[tuple[int], np.dtype[np.int64]],
+    data: FederatedData,
+    local_epochs: int | None,
+    local_steps: int | None,
+    budget: LocalBudget,
+) -> ClientJob:
+    num_tokens = int(data.train.num_tokens[examples].sum())
+    seen = len(examples) * local_epochs if local_epochs is not None else budget.examples_seen(len(examples))
+    return ClientJob(
+        client_id=client_id,
+        examples=examples,
+        num_tokens=int(data.train.num_label_tokens[examples].sum()),
+        local_epochs=local_epochs,
+        local_steps=local_steps,
+        cost_tokens=num_tokens * seen // len(examples),
+    )

@@ -1,0 +1,74 @@
+"""What a run is about to do, for people."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsim.data.build import FederatedData
+from fedsim.lora.factors import AdapterState
+from fedsim.lora.payload import MIB, pickled_payload_mib
+from fedsim.server.cohort import CohortPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """The figures of a run that are known before it starts.
+
+    Attributes:
+        base_name: of the base model.
+        base_parameters: of the base, tied weights counted once.
+        adapter: initial global adapter.
+        data: examples and partition.
+        cohort: how cohorts are chosen.
+    """
+
+    base_name: str
+    base_parameters: int
+    adapter: AdapterState
+    data: FederatedData
+    cohort: CohortPolicy
+
+    def lines(self) -> list[str]:
+        """The summary as aligned lines of text."""
+        rows = [
+            ("model", self._model()),
+            ("adapter", f"{len(self.adapter)} modules, {self._trainable()}"),
+            ("data", f"{self.data.corpus_source}; test set: {self.data.test_from}"),
+            ("partition", self._partition()),
+            ("classes", self._classes()),
+            ("cohort", f"{self.cohort.size} of {self.cohort.num_clients} clients a round"),
+            ("traffic", self._traffic()),
+        ]
+        return [f"{name:<10}{text}" for name, text in rows]
+
+    def _model(self) -> str:
+        total = self.base_parameters + self.adapter.num_parameters
+        return f"{self.base_name}, {self.base_parameters:,} parameters, {total:,} with the adapter"
+
+    def _trainable(self) -> str:
+        total = self.base_parameters + self.adapter.num_parameters
+        ranks = sorted({factors.rank for factors in self.adapter.values()})
+        return (
+            f"LoRA rank {', '.join(map(str, ranks))}, {self.adapter.num_parameters:,} trainable parameters "
+            f"({self.adapter.num_parameters / total:.4%})"
+        )
+
+    def _partition(self) -> str:
+        sizes = self.data.partition.sizes
+        return (
+            f"{len(sizes)} clients, {int(sizes.sum()):,} training examples, of a client: least {int(sizes.min())}, "
+            f"median {float(np.median(sizes)):g}, most {int(sizes.max())}; {len(self.data.test):,} test examples"
+        )
+
+    def _classes(self) -> str:
+        counts = np.bincount(self.data.train_classes, minlength=self.data.partition.num_classes)
+        edges = ", ".join(f"{edge:g}" for edge in self.data.class_edges)
+        return f"{self.data.partition.num_classes} length classes of {', '.join(map(str, counts))} examples, cut at {edges}"
+
+    def _traffic(self) -> str:
+        one_way = self.adapter.num_bytes
+        return (
+            f"{one_way:,} bytes a client and direction ({one_way / MIB:.3f} MiB; "
+            f"{pickled_payload_mib(self.adapter):.2f} MiB pickled), "
+            f"{2 * one_way * self.cohort.size:,} bytes a round, both directions"
+        )

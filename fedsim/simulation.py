@@ -1,0 +1,277 @@
+"""A whole run: prepare, round after round, finish. Between the command line and the round."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedsim.atomic import replace_folder, write_text_atomic
+from fedsim.comm.agree import all_or_none, on_root, root_first, same_everywhere
+from fedsim.comm.exchange import broadcast_state
+from fedsim.comm.group import Group
+from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
+from fedsim.config.schema import Config
+from fedsim.data.build import FederatedData, build_data
+from fedsim.errors import FedsimError
+from fedsim.lora.factors import AdapterState
+from fedsim.lora.payload import pickled_payload_mib
+from fedsim.lora.peft_format import save_peft_adapter
+from fedsim.lora.state import ServerState
+from fedsim.models.base import BaseModel, build_base
+from fedsim.models.description import BaseDescription, describe_base
+from fedsim.models.tokenizer import build_tokenizer
+from fedsim.server.build import build_cohort_policy, build_initial_adapter, build_run
+from fedsim.server.checkpoint import list_checkpoints, load_newest_checkpoint, save_checkpoint
+from fedsim.server.metrics import client_rows, round_metrics
+from fedsim.server.round import Run, measure_global, run_round
+from fedsim.server.summary import RunSummary
+from fedsim.tracking.environment import describe_environment
+from fedsim.tracking.metrics import ClientTable, MetricsLog
+from fedsim.tracking.progress import Progress, build_progress
+from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
+from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+CLIENT_ADAPTERS = "adapters"
+
+
+def dry_run(config: Config, group: Group) -> str:
+    """Check everything that can be checked without weights, and say what the run would do.
+
+    Raises:
+        PeerError, FedsimError: the run would fail.
+    """
+    summary, _ = _prepare_data(config, group)
+    with all_or_none(group, "opening the run folder"):
+        if group.rank == 0:
+            check_new_folder(_folder_path(config))
+    return "\n".join(summary.lines())
+
+
+def simulate(config: Config, group: Group) -> None:
+    """Run, or resume, until the last round, and leave a complete run folder.
+
+    Raises:
+        PeerError, FedsimError: the run cannot start or go on. What was completed up to the last checkpoint stays.
+    """
+    with contextlib.ExitStack() as open_things:
+        records = None
+        finished = False
+        with all_or_none(group, "opening the run folder"):
+            if group.rank == 0:
+                records = _open_existing(config, open_things)
+                finished = records is not None and records.is_finished(config)
+        if group.broadcast_object(finished):
+            logger.info(
+                "run %s is finished (%d rounds); nothing to do", _folder_path(config), config.run.rounds
+            )
+            return
+        summary, data = _prepare_data(config, group)
+        base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
+        same_everywhere(group, "the base model", base.fingerprint)
+        with all_or_none(group, "setting up the run"):
+            run = build_run(config, group, base, data)
+        with all_or_none(group, "opening the run folder"):
+            if group.rank == 0 and records is None:
+                records = _open_new(config, open_things)
+        _run_rounds(config, run, base, summary, records)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Where rank 0 writes what a run leaves behind."""
+
+    folder: RunFolder
+    metrics: MetricsLog
+    clients: ClientTable
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder.path / CHECKPOINTS
+
+    def is_finished(self, config: Config) -> bool:
+        """Whether all rounds that are asked for have been run and the run was closed properly."""
+        found = list_checkpoints(self.checkpoints)
+        return (
+            self.folder.status() == "finished"
+            and bool(found)
+            and int(found[-1].name.removeprefix("round_")) >= config.run.rounds
+        )
+
+    def go_back_to(self, round_index: int) -> None:
+        """Drop the records of rounds that a resumed run will repeat."""
+        self.metrics.truncate(round_index)
+        self.clients.truncate(round_index)
+
+
+def _folder_path(config: Config) -> Path:
+    return Path(config.run.output_dir).expanduser() / config.run.name
+
+
+def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records | None:
+    """The records of an earlier start of this run; None, with nothing written, if there was none."""
+    path = _folder_path(config)
+    if not (path / "config.yaml").exists():
+        check_new_folder(path)
+        return None
+    return _open_new(config, open_things)
+
+
+def _open_new(config: Config, open_things: contextlib.ExitStack) -> Records:
+    safe_keys = [key.removesuffix(".*") for key in SAFE_KEYS]
+    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys)
+    open_things.enter_context(folder)
+    return Records(
+        folder, MetricsLog(folder.path / "metrics.jsonl"), ClientTable(folder.path / "clients.parquet")
+    )
+
+
+def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedData]:
+    """Tokenizer, data, partition, and all checks that need no weights; the same on every rank."""
+
+    def prepare() -> tuple[BaseDescription, FederatedData]:
+        tokenizer = build_tokenizer(config.model)
+        description = describe_base(
+            config.model, config.lora.target_modules, tokenizer, config.data.max_tokens
+        )
+        return description, build_data(config.data, tokenizer, config.run.seed)
+
+    description, data = root_first(group, "preparing the data", prepare)
+    same_everywhere(group, "the partition", data.partition.fingerprint)
+    with all_or_none(group, "setting up the adapter"):
+        summary = RunSummary(
+            description.name,
+            description.num_parameters,
+            build_initial_adapter(config, description.targets),
+            data,
+            build_cohort_policy(config.cohort, data.partition.num_clients),
+        )
+    return summary, data
+
+
+def _run_rounds(
+    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
+) -> None:
+    """All rounds that are left, on every rank; `records` is None except on rank 0."""
+    group = run.group
+    with _reporting(config, group, summary, records) as (progress, tracker):
+        state = _start_state(config, run, base, summary, records)
+        payload_mib = pickled_payload_mib(state.adapter)
+        run = replace(run, watch=progress)
+        initial_loss = None
+        if state.round_index == 0 and run.strategy.has_global_model:
+            initial_loss = measure_global(run, state.adapter, "evaluation before round 0").mean
+        progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
+        while state.round_index < run.rounds:
+            round_index = state.round_index
+            state, report = run_round(state, run)
+            with all_or_none(group, f"recording round {round_index}"):
+                if records is not None:
+                    metrics = round_metrics(report, payload_mib)
+                    if round_index == 0 and initial_loss is not None:
+                        metrics["test/loss_initial"] = initial_loss
+                    records.metrics.append(metrics)
+                    records.clients.append_rows(client_rows(report))
+                    if _checkpoint_is_due(config, state):
+                        records.clients.flush()
+                        save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
+                    tracker.log_round(metrics)
+                    progress.round_done(metrics)
+        with all_or_none(group, "writing the adapter"):
+            if records is not None:
+                _finish(config, run, base, state, records, tracker)
+
+
+def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
+    return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
+
+
+def _start_state(
+    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
+) -> ServerState:
+    """The newest checkpoint, or the initial state, on every rank."""
+    del config
+    group = run.group
+
+    def load() -> ServerState:
+        assert records is not None
+        state = load_newest_checkpoint(records.checkpoints)
+        if state is None:
+            dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+            state = ServerState(0, summary.adapter.to("cpu", dtype))
+        else:
+            logger.info("resuming after %d of %d rounds", state.round_index, run.rounds)
+        records.go_back_to(state.round_index)
+        return ServerState(
+            state.round_index,
+            state.adapter.to(group.device),
+            {name: entry.to(group.device) for name, entry in state.strategy_state.items()},
+        )
+
+    return broadcast_state(group, None, on_root(group, "loading the checkpoint", load))
+
+
+@contextlib.contextmanager
+def _reporting(
+    config: Config, group: Group, summary: RunSummary, records: Records | None
+) -> Iterator[tuple[Progress, Tracker]]:
+    """Open what shows and mirrors the run, on rank 0; write down how the run ended if it did not finish."""
+    progress = build_progress(config.tracking.progress if group.rank == 0 else "off", sys.stderr)
+    tracker: Tracker = NoTracker()
+    try:
+        with all_or_none(group, "starting the records"):
+            if records is not None:
+                records.folder.start(describe_environment(group.world_size, sys.argv))
+                partition = json.dumps(summary.data.partition.to_json()) + "\n"
+                write_text_atomic(records.folder.path / "partition.json", partition)
+                tracker = build_tracker(config, records.folder, to_tree(config))
+                for line in summary.lines():
+                    progress.note(line)
+        yield progress, tracker
+    except BaseException as error:
+        if records is not None:
+            reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else str(error)
+            with contextlib.suppress(FedsimError):  # the error that ended the run is the one to show
+                records.folder.finish("failed", f"{type(error).__name__}: {reason}")
+        tracker.finish(1)
+        raise
+    finally:
+        progress.stop()
+
+
+def _finish(
+    config: Config, run: Run, base: BaseModel, state: ServerState, records: Records, tracker: Tracker
+) -> None:
+    """Export what was trained and close the records."""
+    path = records.folder.path
+    if run.strategy.has_global_model:
+        _export(config, base, run.strategy.export(state), path / ADAPTER)
+        tracker.log_adapter(path / ADAPTER)
+    else:
+        (path / CLIENT_ADAPTERS).mkdir(exist_ok=True)
+        for client_id in range(run.cohort.num_clients):
+            adapter = run.strategy.export(state, client_id)
+            if adapter is not state.adapter:  # clients that were never drawn have none of their own
+                _export(config, base, adapter, path / CLIENT_ADAPTERS / f"client_{client_id:06d}")
+    tracker.log_clients(records.clients)
+    tracker.finish(0)
+    records.folder.finish("finished")
+    logger.info("run %s is finished (%d rounds)", path, state.round_index)
+
+
+def _export(config: Config, base: BaseModel, adapter: AdapterState, folder: Path) -> None:
+    replace_folder(
+        folder,
+        lambda unfinished: save_peft_adapter(
+            adapter, unfinished, base.name, config.lora.target_modules, config.lora.dropout
+        ),
+    )

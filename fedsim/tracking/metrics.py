@@ -1,0 +1,228 @@
+"""The record of a run in numbers.
+
+`metrics.jsonl` has one object per round, `clients.parquet` one row per client and round.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fedsim.atomic import replace_file, write_text_atomic
+from fedsim.errors import RunFolderError
+
+Scalar = float | int | str | None
+
+logger = logging.getLogger(__name__)
+
+ROUND = "round_index"
+
+CLIENT_COLUMNS = {
+    ROUND: pa.int64(),
+    "client_id": pa.int64(),
+    "num_examples": pa.int64(),
+    "num_tokens": pa.int64(),  # label tokens of one pass over the client's training examples
+    "lora_rank": pa.int64(),
+    "steps": pa.int64(),
+    "train_loss_first": pa.float64(),
+    "train_loss_last": pa.float64(),
+    "train_loss_mean": pa.float64(),
+    "test_loss_before": pa.float64(),
+    "test_loss_after": pa.float64(),
+    "pack": pa.int64(),
+    "process_rank": pa.int64(),
+    "seconds": pa.float64(),
+}
+MAY_BE_MISSING = frozenset({"test_loss_before", "test_loss_after"})
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object per line and round, on the disk when `append` returns.
+
+    JSON has no NaN and no infinity: such a value is written as null, with `nan`, `inf` or `-inf` under
+    `<key>/not_finite` beside it.
+
+    A last line that was cut off by a crash is dropped when the log is opened.
+
+    Raises:
+        RunFolderError: the file cannot be read or written, or a line before the last is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        records, torn = self._load()
+        if torn:
+            logger.warning("%s: dropped its last line, which a crash had cut off", path)
+            self._rewrite(records)
+        self._last_round: int = records[-1][ROUND] if records else -1
+
+    def append(self, record: Mapping[str, Scalar]) -> None:
+        """Add a round. Its `round_index` must be larger than that of every round before."""
+        round_index = record[ROUND]
+        if not isinstance(round_index, int) or round_index <= self._last_round:
+            raise RunFolderError(
+                f"{self._path}: {ROUND} must be larger than that of the last record, {self._last_round}, "
+                f"got {round_index}"
+            )
+        line = _to_line(record).encode("utf-8")
+        try:
+            with self._path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _cannot("written", self._path, error) from error
+        self._last_round = round_index
+
+    def truncate(self, before_round: int) -> None:
+        """Forget the rounds from `before_round` on, because they will be run again."""
+        if self._last_round < before_round:
+            return
+        kept = [record for record in self.read() if record[ROUND] < before_round]
+        self._rewrite(kept)
+        self._last_round = kept[-1][ROUND] if kept else -1
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records, oldest first."""
+        return self._load()[0]
+
+    def _rewrite(self, records: Sequence[Mapping[str, Scalar]]) -> None:
+        write_text_atomic(self._path, "".join(_to_line(record) for record in records))
+
+    def _load(self) -> tuple[list[dict[str, Any]], bool]:
+        """The whole records, and whether a torn line follows them."""
+        try:
+            lines = self._path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return [], False
+        except OSError as error:
+            raise _cannot("read", self._path, error) from error
+        torn = lines.pop() != b""  # what stands behind the last newline: nothing, unless a write was cut off
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            record = _from_line(line)
+            if record is None and number == len(lines) and not torn:
+                torn = True  # a file system may keep the length of a write and lose its content
+            elif record is None or (records and record[ROUND] <= records[-1][ROUND]):
+                raise RunFolderError(
+                    f"{self._path} line {number} must be a JSON object with a larger {ROUND} than "
+                    "the line before; repair or delete the line"
+                )
+            else:
+                records.append(record)
+        return records, torn
+
+
+class ClientTable:
+    """`clients.parquet`: a row for each client and round, columns as in `CLIENT_COLUMNS`.
+
+    Rows are kept in columns, 112 bytes each, and reach the disk with `flush`, which writes the whole file.
+
+    Raises:
+        RunFolderError: the file cannot be read or written, or its columns are not those of this version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._table = self._load()
+        self._unwritten = not path.exists()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all rounds, flushed or not."""
+        return int(self._table.num_rows)
+
+    def append_rows(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
+        """Add clients of a round; each row has every column, the two test losses may be None."""
+        if not rows:
+            return
+        for row in rows:
+            missing = [
+                name for name in CLIENT_COLUMNS if name not in MAY_BE_MISSING and row.get(name) is None
+            ]
+            unknown = sorted(set(row) - set(CLIENT_COLUMNS))
+            if missing or unknown:
+                raise ValueError(
+                    f"a row of {self._path.name} lacks {missing} or has unknown columns {unknown}"
+                )
+        self._table = pa.concat_tables(
+            [self._table, pa.Table.from_pylist(list(rows), schema=client_schema())]
+        )
+        self._unwritten = True
+
+    def flush(self) -> None:
+        """Write the file, if rows were added or dropped since the last time."""
+        if not self._unwritten:
+            return
+        self._table = self._table.combine_chunks()
+        sink = pa.BufferOutputStream()
+        pq.write_table(self._table, sink, compression="zstd")
+        replace_file(self._path, sink.getvalue().to_pybytes())
+        self._unwritten = False
+
+    def truncate(self, before_round: int) -> None:
+        """Forget the rounds from `before_round` on, also on the disk."""
+        kept = self._table.filter(pc.less(self._table[ROUND], before_round))
+        if kept.num_rows < self._table.num_rows:
+            self._table = kept
+            self._unwritten = True
+            self.flush()
+
+    def newest(self, num_rows: int) -> pa.Table:
+        """The last `num_rows` rows, oldest first."""
+        return self._table.slice(max(0, self.num_rows - num_rows))
+
+    def _load(self) -> pa.Table:
+        try:
+            # Not pq.read_table: that takes a folder named alpha=0.1 above the file for a column.
+            with pq.ParquetFile(self._path) as file:
+                table = file.read()
+        except FileNotFoundError:
+            return client_schema().empty_table()
+        except (OSError, pa.ArrowException) as error:
+            raise _cannot("read", self._path, error) from error
+        if table.schema != client_schema():
+            raise RunFolderError(
+                f"{self._path} must have the columns {', '.join(CLIENT_COLUMNS)}, "
+                f"got {', '.join(table.column_names)}; choose another run.name, or delete the run folder"
+            )
+        return table
+
+
+def client_schema() -> pa.Schema:
+    """Names and types of the columns of `clients.parquet`."""
+    return pa.schema(
+        [pa.field(name, kind, nullable=name in MAY_BE_MISSING) for name, kind in CLIENT_COLUMNS.items()]
+    )
+
+
+def _to_line(record: Mapping[str, Scalar]) -> str:
+    written: dict[str, Scalar] = {}
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            written[name] = None
+            written[f"{name}/not_finite"] = str(float(value))
+        else:
+            written[name] = value
+    return json.dumps(written, allow_nan=False) + "\n"
+
+
+def _from_line(line: bytes) -> dict[str, Any] | None:
+    """The record, or None if the line does not hold one."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get(ROUND), int) else None
+
+
+def _cannot(what: str, path: Path, error: Exception) -> RunFolderError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return RunFolderError(f"{path} cannot be {what} ({reason}); free space, or choose another run.name")

@@ -1,0 +1,271 @@
+"""The folder of one run: who may use it, which run it belongs to, and how far that run came.
+
+config.yaml      the resolved configuration
+run.json         status, times, versions, hardware
+run.lock         held while a process uses the folder; run.owner.json says which process
+"""
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import yaml
+from filelock import BaseFileLock, FileLock, Timeout
+
+from fedsim.atomic import write_text_atomic
+from fedsim.errors import RunFolderError
+
+CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+OWNER_FILE = "run.owner.json"
+
+EndStatus = Literal["finished", "preempted", "failed"]
+
+VANISHED = "ended without a word: killed, or its machine was lost"
+
+
+class RunFolder:
+    """A run folder that this process holds until `close`.
+
+    Attributes:
+        path: the folder, absolute.
+    """
+
+    def __init__(self, path: Path, config_tree: Mapping[str, Any], lock: BaseFileLock) -> None:
+        self.path = path
+        self._config_tree = config_tree
+        self._lock = lock
+
+    def status(self) -> str | None:
+        """`running`, `finished`, `preempted` or `failed`; None before the first `start`.
+
+        A run that is `running` here was cut off: nobody else can hold the folder now.
+        """
+        return self._read_run_file().get("status")
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        """Write `run.json`: status `running`, the start time, `info` and the configuration.
+
+        Starts before this one are kept under `history`, oldest first.
+
+        Args:
+            info: JSON-like values, as from `describe_environment`.
+        """
+        before = self._read_run_file()
+        history = before.get("history", [])
+        if before:
+            history = [*history, _history_entry(before)]
+        started = {"status": "running", "reason": None, "start_time": _now(), "end_time": None}
+        self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
+
+    def finish(self, status: EndStatus, reason: str | None = None) -> None:
+        """Write how the run ended into `run.json`, with the time and, unless it is finished, why."""
+        self._write_run_file(
+            {**self._read_run_file(), "status": status, "reason": reason, "end_time": _now()}
+        )
+
+    def close(self) -> None:
+        """Let others use the folder. May be called twice."""
+        if self._lock.is_locked:
+            (self.path / OWNER_FILE).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_run_file(self) -> dict[str, Any]:
+        path = self.path / RUN_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{path} must be readable JSON ({error}); delete the file and start again"
+            ) from error
+        if not isinstance(content, dict):
+            raise RunFolderError(
+                f"{path} must hold a JSON object, got {type(content).__name__}; delete the file"
+            )
+        return content
+
+    def _write_run_file(self, content: Mapping[str, Any]) -> None:
+        write_text_atomic(self.path / RUN_FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse what `open_run_folder` would refuse for a run that has no folder yet, and write nothing.
+
+    Raises:
+        RunFolderError: the folder cannot be made or written, or holds something else than a run.
+    """
+    path = path.absolute()
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if nearest == path:
+            _refuse_foreign_folder(path)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def open_run_folder(
+    path: Path, config_tree: Mapping[str, Any], config_yaml: str, safe_keys: Sequence[str]
+) -> RunFolder:
+    """Create the folder of a run, or enter the one this run has written before, and take its lock.
+
+    A folder whose run ended before its first round was recorded has nothing to lose: it is taken over, whatever its
+    configuration was.
+
+    Args:
+        path: the folder, `run.output_dir` / `run.name`.
+        config_tree: the resolved configuration as nested dictionaries.
+        config_yaml: the same as the text of `config.yaml`.
+        safe_keys: dotted keys that may differ from those of an earlier start; a node stands for all below it.
+
+    Raises:
+        RunFolderError: the folder cannot be written, is in use, holds something else than a run, or belongs
+            to a run with another configuration. In the last two cases no file of it is changed.
+    """
+    path = path.absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign_folder(path)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    lock = _take_lock(path)
+    try:
+        tree: dict[str, Any] = json.loads(json.dumps(config_tree))  # tuples become lists, as in the file
+        if _has_results(path):
+            _refuse_other_config(path, config_yaml, safe_keys)
+        write_text_atomic(path / CONFIG_FILE, config_yaml)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        write_text_atomic(path / OWNER_FILE, json.dumps(owner) + "\n")
+    except BaseException:
+        lock.release()
+        raise
+    return RunFolder(path, tree, lock)
+
+
+def _not_writable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"run.output_dir must be writable, and the run folder {path} is not ({error.strerror or error}); "
+        "set run.output_dir or run.name to another"
+    )
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    """A folder without `config.yaml` may hold nothing but what a start that was cut off leaves there."""
+    names = {entry.name for entry in path.iterdir()}
+    foreign = sorted(
+        name for name in names - {LOCK_FILE, OWNER_FILE} if not name.startswith(f".{CONFIG_FILE}-")
+    )
+    if CONFIG_FILE not in names and foreign:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise RunFolderError(
+            f"run folder {path} must be new, empty or that of a run, and holds {shown} but no {CONFIG_FILE}; "
+            "choose another run.name"
+        )
+
+
+def _take_lock(path: Path) -> BaseFileLock:
+    lock = FileLock(path / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunFolderError(
+            f"run folder {path} is in use by another process ({_owner(path)}); "
+            "wait for it or choose another run.name"
+        ) from error
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    return lock
+
+
+def _owner(path: Path) -> str:
+    try:
+        owner = json.loads((path / OWNER_FILE).read_text(encoding="utf-8"))
+        return f"host {owner['host']}, pid {owner['pid']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "which has just started"
+
+
+def _has_results(path: Path) -> bool:
+    metrics = path / "metrics.jsonl"
+    return (path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _refuse_other_config(path: Path, config_yaml: str, safe_keys: Sequence[str]) -> None:
+    before = _leaves(_read_config(path / CONFIG_FILE))
+    now = _leaves(
+        yaml.safe_load(config_yaml)
+    )  # through the same reader, so that equal text is an equal value
+    if not before:
+        return
+    changed = [
+        f"{key}: {before.get(key, 'not set')!s} -> {now.get(key, 'not set')!s}"
+        for key in [*before, *(key for key in now if key not in before)]
+        if _differ(before, now, key)
+        and not any(key == safe or key.startswith(f"{safe}.") for safe in safe_keys)
+    ]
+    if changed:
+        raise RunFolderError(
+            f"run folder {path} belongs to a run with another configuration ({'; '.join(changed)}); "
+            "choose another run.name, or delete the folder"
+        )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """The tree in the file; empty where there is no file."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RunFolderError(f"{path} must be readable YAML ({reason}); delete the run folder") from error
+    if not isinstance(tree, dict) or not tree:
+        raise RunFolderError(f"{path} must hold a configuration tree; delete the run folder")
+    return tree
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value. A list is a value."""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves.update(_leaves(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:
+    return (key in before) != (key in now) or before.get(key) != now.get(key)
+
+
+def _history_entry(run: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {name: run.get(name) for name in ("status", "reason", "start_time", "end_time", "world_size")}
+    if entry["status"] == "running":
+        entry.update(status="failed", reason=VANISHED)
+    return entry
+
+
+def _now() -> str:
+    """The time in UTC, to the second, as in 2025-01-31T23:59:59+00:00."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,30 @@
+"""What the round asks of local training."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedsim.lora.factors import AdapterState
+from fedsim.lora.updates import ClientUpdate
+from fedsim.training.packs import Pack
+
+
+class Trainer(Protocol):
+    """Trains packs of clients on this process."""
+
+    def train(self, pack: Pack, starts: Sequence[AdapterState], round_index: int) -> list[ClientUpdate]:
+        """Train each client of a pack from its own start.
+
+        Each client ends where it would have ended alone: own data order, dropout, optimizer, schedule and clipping.
+
+        Args:
+            pack: the clients.
+            starts: the adapter each of them downloaded, in the pack's order; not written to.
+            round_index: from 0; part of the key of every random stream.
+
+        Returns:
+            Updates in the pack's order, adapters on the base's device.
+
+        Raises:
+            TrainingError: a client's loss or adapter is not finite.
+        """
+        ...

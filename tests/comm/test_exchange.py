@@ -1,0 +1,161 @@
+"""Gathering and broadcasting between real gloo processes."""
+
+import pytest
+import torch
+
+from fedsim.comm.agree import all_or_none, consume_on_root, on_root, root_first, same_everywhere
+from fedsim.comm.exchange import broadcast_adapter, broadcast_state, gather_reports, gather_stacks
+from fedsim.comm.group import Group, SoloGroup, choose_device, join_group, world_from_environment
+from fedsim.errors import AggregationError, ConfigError, DataError, PeerError
+from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.state import ServerState
+from fedsim.lora.updates import ClientReport, ClientUpdate
+from tests.helpers import run_ranks
+
+CLIENTS = (7, 3, 11, 0, 5)
+
+
+def update(client_id: int) -> ClientUpdate:
+    """An update whose LoRA rank differs from client to client and from module to module."""
+    generator = torch.Generator().manual_seed(client_id)
+    rank = 1 + client_id % 4
+    modules = {
+        name: LoraFactors(
+            torch.randn(r, 6, generator=generator), torch.randn(4, r, generator=generator), 16 / r
+        )
+        for name, r in (("b", rank), ("a", rank + 2))
+    }
+    return ClientUpdate(
+        ClientReport(client_id, 1, 1, rank, 1, 1.0, 1.0, 1.0, 1, 0, 0, 0, 0, 1.0), AdapterState(modules)
+    )
+
+
+def gather_all(group: Group) -> tuple[list[int], list]:
+    mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
+    reports = gather_reports(group, mine)
+    stacks = [
+        (module, [(f.A.tolist(), f.B.tolist(), f.scaling) for f in cohort])
+        for module, cohort in gather_stacks(group, mine)
+    ]
+    return [report.client_id for report in reports], stacks
+
+
+@pytest.mark.parametrize("world_size", [2, 7])
+def test_stacks_are_in_client_order_on_every_rank_whatever_the_world_size(world_size, tmp_path):
+    ids, stacks = gather_all(SoloGroup())
+    assert ids == sorted(CLIENTS)
+    assert [module for module, _ in stacks] == ["b", "a"]
+    for result in run_ranks(gather_all, world_size, tmp_path):
+        assert result == (ids, stacks)
+
+
+def exercise_failures(group: Group) -> list[str]:
+    """Every way to fail together, one after another, in the same processes."""
+    seen = []
+
+    def attempt(function):
+        try:
+            function()
+        except PeerError as error:
+            seen.append(f"{error} | user={error.user_error} here={error.failed_here}")
+
+    def block():
+        with all_or_none(group, "local training, round 3"):
+            if group.rank == 1:
+                raise ValueError("loss is nan for client 17")
+
+    def root_only():
+        on_root(group, "loading", lambda: (_ for _ in ()).throw(DataError("data.source is empty")))
+
+    def first():
+        def fail_on_root():
+            if group.rank == 0:
+                raise DataError("no such file")
+            return 1
+
+        root_first(group, "preparing the data", fail_on_root)
+
+    def halfway():
+        def consume(stream):
+            next(stream)
+            raise AggregationError("cannot average")
+
+        mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
+        consume_on_root(group, "aggregation, round 0", gather_stacks(group, mine), consume)
+
+    def unequal():
+        same_everywhere(group, "the base model", f"hash-{min(group.rank, 1)}")
+
+    def doubled():
+        try:
+            gather_reports(group, [update(3)])
+        except AggregationError as error:
+            seen.append(str(error))
+
+    for function in (block, root_only, first, halfway, unequal, doubled):
+        attempt(function)
+    with all_or_none(group, "fine"):
+        pass
+    return seen
+
+
+def test_ranks_fail_together_and_go_on(tmp_path):
+    for rank, seen in enumerate(run_ranks(exercise_failures, 3, tmp_path)):
+        assert seen == [
+            "local training, round 3 failed on 1 of 3 ranks; rank 1: ValueError: loss is nan for client 17"
+            f" | user=False here={rank == 1}",
+            f"loading failed on 1 of 3 ranks; rank 0: DataError: data.source is empty | user=True here={rank == 0}",
+            "preparing the data failed on 1 of 3 ranks; rank 0: DataError: no such file"
+            f" | user=True here={rank == 0}",
+            "aggregation, round 0 failed on 1 of 3 ranks; rank 0: AggregationError: cannot average"
+            f" | user=True here={rank == 0}",
+            "the base model must be the same on every rank, got rank 0: hash-0, rank 1: hash-1, rank 2: hash-1; "
+            "give all nodes the same files and versions | user=True here=True",
+            "a client must be trained once a round, got client_id [3, 3, 3]",
+        ]
+
+
+def test_alone_an_error_stays_what_it_is():
+    with pytest.raises(ValueError, match="mine"), all_or_none(SoloGroup(), "work"):
+        raise ValueError("mine")
+    assert root_first(SoloGroup(), "work", lambda: 5) == 5
+
+
+def share_state(group: Group) -> tuple[bool, bool, int]:
+    first = ServerState(2, update(1).adapter, {"client/1": update(2).adapter, "client/2": update(3).adapter})
+    known = broadcast_state(group, None, first if group.rank == 0 else None)
+    carried = known.strategy_state["client/1"]
+    following = ServerState(3, update(4).adapter, {"client/1": carried, "client/2": update(9).adapter})
+    after = broadcast_state(group, known, following if group.rank == 0 else None)
+    equal = after.adapter.equal(update(4).adapter) and after.strategy_state["client/2"].equal(
+        update(9).adapter
+    )
+    empty = broadcast_adapter(group, AdapterState({}) if group.rank == 0 else None)
+    return equal, after.strategy_state["client/1"] is carried, after.round_index + len(empty)
+
+
+def test_state_reaches_every_rank_and_known_entries_are_not_sent_again(tmp_path):
+    assert run_ranks(share_state, 2, tmp_path) == [(True, True, 3)] * 2
+    assert share_state(SoloGroup()) == (True, True, 3)
+
+
+def test_environment_of_launchers():
+    assert world_from_environment({}) == (0, 0, 1)
+    assert world_from_environment({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == (5, 1, 8)
+    for wrong in (
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+    ):
+        with pytest.raises(ConfigError, match="RANK"):
+            world_from_environment(wrong)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
+def test_devices_without_a_gpu():
+    assert choose_device("auto", 3) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"run\.device must be cpu or auto"):
+        choose_device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"comm\.backend must be auto or gloo on cpu, got 'nccl'"):
+        join_group(0, 1, torch.device("cpu"), "nccl")

@@ -1,0 +1,167 @@
+"""Rules that tie several keys together."""
+
+import pytest
+
+from fedsim.config.loader import load_config
+from fedsim.errors import ConfigError
+
+CORPUS = ("data.source=corpus.jsonl",)
+MODEL = ("model.name_or_path=facebook/opt-125m",)
+
+REFUSED = [
+    (["cohort.size=50"], "cohort.size must be in [1, data.partition.num_clients=20], got 50"),
+    (["data.partition.num_clients=4"], "cohort.size must be in [1, data.partition.num_clients=4], got 8"),
+    (
+        ["cohort.size=null"],
+        "one of cohort.size, cohort.fraction and cohort.client_ids must be set, got null for all",
+    ),
+    (
+        ["cohort.size=3", "cohort.fraction=0.5"],
+        "only one of cohort.size, cohort.fraction and cohort.client_ids may be set, got cohort.size=3 and "
+        "cohort.fraction=0.5; set the others to null",
+    ),
+    (
+        ["cohort.fraction=0.5", "cohort.client_ids=[1]"],
+        "may be set, got cohort.fraction=0.5 and cohort.client_ids=[1]",
+    ),
+    (
+        ["cohort.client_ids=[0,20,21]"],
+        "cohort.client_ids must be below data.partition.num_clients=20, got [20, 21]",
+    ),
+    (
+        ["cohort.client_ids=[1,2,1]"],
+        "cohort.client_ids must name each client once, got [1] more than once",
+    ),
+    (
+        ["training.local_epochs=1", "training.local_steps=3"],
+        "only one of training.local_epochs and training.local_steps may be set, got training.local_epochs=1 and",
+    ),
+    (["training.local_epochs=null"], "one of training.local_epochs and training.local_steps must be set"),
+    (
+        ["training.local_steps=3", "training.schedule.warmup_steps=4"],
+        "training.schedule.warmup_steps must be at most training.local_steps=3, got 4",
+    ),
+    (
+        ["training.optimizer.name=sgd", "training.optimizer.beta1=0.5"],
+        "training.optimizer.beta1 must stay at its default 0.9 when training.optimizer.name is sgd, which does "
+        "not use it, got 0.5",
+    ),
+    (
+        ["training.optimizer.momentum=0.9"],
+        "training.optimizer.momentum must stay at its default 0.0 when training.optimizer.name is adamw",
+    ),
+    (
+        ["evaluation.client_test=own_split", "data.client_test_fraction=0"],
+        "data.client_test_fraction must be > 0 when evaluation.client_test is own_split, got 0.0",
+    ),
+    (
+        ["evaluation.batch_tokens=64"],
+        "evaluation.batch_tokens must be at least data.max_tokens=128, got 64",
+    ),
+    (
+        ["data.partition.num_length_classes=1"],
+        "data.partition.num_length_classes must be at least 2 when data.partition.name is length_skew, got 1; use "
+        "data.partition.name=iid for no skew",
+    ),
+    (
+        ["data.partition.name=quantity_skew", "data.partition.examples_per_client=5"],
+        "data.partition.examples_per_client must stay at its default null when data.partition.name is "
+        "quantity_skew, which draws the sizes, got 5",
+    ),
+    (["run.device=cpu", "comm.backend=nccl"], "comm.backend must be auto or gloo when run.device is cpu"),
+    (
+        ["run.device=cpu", "model.dtype=float16"],
+        "model.dtype must be float32, bfloat16 or float64 when run.device is cpu, got 'float16'",
+    ),
+    (
+        ["data.text_field=review"],
+        "data.text_field must stay at its default 'text' when data.source is embedded",
+    ),
+    (
+        ["data.label_field=topic"],
+        "data.label_field must stay at its default null when data.source is embedded",
+    ),
+    (["data.client_field=author"], "data.client_field must stay at its default null"),
+    (["data.subset=en"], "data.subset must stay at its default null"),
+    (["data.train_split=all"], "data.train_split must stay at its default 'train'"),
+    (["data.test_split=test"], "data.test_split must stay at its default null"),
+    (
+        [*CORPUS, "data.test_split=test", "data.test_fraction=0.2"],
+        "data.test_fraction must stay at its default 0.1 when data.test_split is set, got 0.2",
+    ),
+    (
+        ["data.max_examples=19"],
+        "data.max_examples must be null or at least data.partition.num_clients=20, got 19",
+    ),
+    (
+        ["data.max_examples=99", "data.partition.examples_per_client=5"],
+        "at least data.partition.num_clients=20 times data.partition.examples_per_client=5, got 99",
+    ),
+    (
+        ["data.max_examples=99", "data.partition.name=quantity_skew", "data.partition.min_examples=5"],
+        "at least data.partition.num_clients=20 times data.partition.min_examples=5, got 99",
+    ),
+    (
+        ["model.revision=main"],
+        "model.revision must stay at its default null when model.name_or_path is embedded",
+    ),
+    (["model.tokenizer=gpt2"], "model.tokenizer must stay at its default null"),
+    (["model.trust_remote_code=true"], "model.trust_remote_code must stay at its default false"),
+    (["model.allow_pickle=true"], "model.allow_pickle must stay at its default false"),
+    (
+        ["lora.target_modules=[q_proj,v_proj,q_proj]"],
+        "lora.target_modules must name each module once, got ['q_proj'] more than once",
+    ),
+]
+
+ACCEPTED = [
+    [],
+    ["cohort.size=20"],
+    ["cohort.client_ids=[19,0]"],
+    ["cohort.size=null", "cohort.fraction=0.01"],
+    ["training.local_steps=3", "training.schedule.warmup_steps=3"],
+    ["training.schedule.warmup_steps=1000"],
+    ["training.optimizer.name=sgd", "training.optimizer.momentum=0.9"],
+    ["training.optimizer.name=sgd"],
+    ["evaluation.client_test=own_split"],
+    ["data.client_test_fraction=0"],
+    ["data.partition.name=iid", "data.partition.num_length_classes=1"],
+    ["data.partition.name=iid", "data.partition.dirichlet_alpha=0.1"],
+    ["run.device=cpu", "comm.backend=gloo", "model.dtype=bfloat16"],
+    ["run.device=cuda", "model.dtype=float16", "comm.backend=gloo"],
+    [*CORPUS, "data.text_field=review", "data.label_field=topic", "data.test_split=test"],
+    [*CORPUS, "data.subset=en", "data.client_field=author", "data.train_split=all", "data.test_fraction=0.2"],
+    [*MODEL, "model.revision=main", "model.tokenizer=gpt2", "model.trust_remote_code=true"],
+    [*MODEL, "model.allow_pickle=true"],
+    ["data.max_examples=20"],
+    ["data.max_examples=100", "data.partition.examples_per_client=5"],
+    ["strategy.name=local", "aggregation.client_weights=uniform"],
+    ["strategy.name=centralized"],
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_values_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
+def test_values_that_go_together_are_accepted(overrides: list[str]) -> None:
+    load_config(None, overrides)
+
+
+def test_every_broken_rule_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["cohort.size=50", "model.revision=x", "training.optimizer.momentum=0.1"])
+
+    assert [part.partition(" ")[0] for part in str(caught.value).split("; ")] == [
+        "cohort.size",
+        "model.revision",
+        "training.optimizer.momentum",
+    ]

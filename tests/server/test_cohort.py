@@ -1,0 +1,95 @@
+"""Cohort sampling and jobs."""
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import given
+
+from fedsim.config.loader import load_config
+from fedsim.server.build import build_cohort_policy, sample_examples
+from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
+from fedsim.training.packs import pack_cohort
+from tests.server.test_round import make_data
+
+
+@given(st.integers(1, 300), st.data(), st.integers(0, 2**40), st.integers(0, 1000))
+def test_a_cohort_is_drawn_without_replacement(num_clients, data, seed, round_index):
+    size = data.draw(st.integers(1, num_clients))
+    cohort = sample_cohort(CohortPolicy(num_clients, size), seed, round_index)
+    assert len(set(cohort)) == size
+    assert list(cohort) == sorted(cohort)
+    assert 0 <= cohort[0]
+    assert cohort[-1] < num_clients
+    assert cohort == sample_cohort(CohortPolicy(num_clients, size), seed, round_index)
+
+
+def test_every_client_is_drawn_about_equally_often():
+    policy = CohortPolicy(20, 2)
+    counts = np.bincount([k for r in range(2000) for k in sample_cohort(policy, 3, r)], minlength=20)
+    assert counts.sum() == 4000
+    assert abs(counts - 200).max() < 5 * np.sqrt(200 * 0.95)
+
+
+def test_cohorts_differ_by_round_and_seed():
+    policy = CohortPolicy(1613, 80)
+    drawn = {sample_cohort(policy, seed, r) for seed in range(3) for r in range(3)}
+    assert len(drawn) == 9
+
+
+def test_a_fixed_list_is_the_cohort_of_every_round():
+    policy = CohortPolicy(20, 3, (7, 1, 4))
+    assert sample_cohort(policy, 0, 0) == sample_cohort(policy, 9, 9) == (1, 4, 7)
+
+
+def test_size_from_the_configuration():
+    def size(*overrides: str, clients: int = 20) -> int:
+        return build_cohort_policy(load_config(None, overrides).cohort, clients).size
+
+    assert size("cohort.size=3") == 3
+    assert size("cohort.fraction=0.05", clients=1613) == 80, "arXiv 2402.11505: int(80.65)"
+    assert size("cohort.fraction=0.3", clients=10) == 3, "0.3 * 10 is below 3 in floating point"
+    assert size("cohort.fraction=0.01") == 1
+    assert size("cohort.client_ids=[2,5]") == 2
+
+
+def test_jobs_hold_what_the_partition_says():
+    data = make_data()
+    jobs = client_jobs((0, 3), data, LocalBudget(2, None, 4))
+    assert [list(job.examples) for job in jobs] == [[0, 1], list(range(12, 20))]
+    assert jobs[1].num_tokens == data.client_label_tokens(3)
+    assert jobs[1].cost_tokens == 2 * data.client_tokens(3)
+
+
+def test_the_pool_has_the_cohorts_budget_and_repeats_nothing_before_it_must():
+    data = make_data()
+    [job] = pooled_job((0, 3), data, LocalBudget(1, None, 4), seed=0, round_index=0)
+    assert len(job.examples) == len(set(job.examples.tolist())) == 10
+    [longer] = pooled_job((0, 1, 2, 3, 4), data, LocalBudget(2, None, 4), seed=0, round_index=0)
+    assert np.array_equal(np.bincount(longer.examples), np.full(30, 2))
+    [steps] = pooled_job((0, 3), data, LocalBudget(None, 3, 4), seed=0, round_index=1)
+    assert len(steps.examples) == 24
+    [again] = pooled_job((0, 3), data, LocalBudget(1, None, 4), seed=0, round_index=1)
+    assert set(again.examples.tolist()) != set(job.examples.tolist())
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9))
+def test_packs_hold_each_client_once_and_depend_on_the_cohort_alone(sizes, max_clients):
+    from fedsim.training.packs import ClientJob
+
+    jobs = [ClientJob(k, np.arange(size), size, 1, None, size) for k, size in enumerate(sizes)]
+    packs = pack_cohort(jobs, max_clients)
+    assert sorted(job.client_id for pack in packs for job in pack.jobs) == list(range(len(sizes)))
+    assert max(len(pack.jobs) for pack in packs) <= max_clients
+    assert [pack.index for pack in packs] == list(range(len(packs)))
+    shuffled = pack_cohort(jobs[::-1], max_clients)
+    assert [[job.client_id for job in pack.jobs] for pack in shuffled] == [
+        [job.client_id for job in pack.jobs] for pack in packs
+    ]
+
+
+def test_sampled_examples():
+    assert sample_examples(5, None, 0, "x").tolist() == [0, 1, 2, 3, 4]
+    assert sample_examples(5, 9, 0, "x").tolist() == [0, 1, 2, 3, 4]
+    drawn = sample_examples(1000, 10, 0, "x")
+    assert len(set(drawn.tolist())) == 10
+    assert sorted(drawn.tolist()) == drawn.tolist()
+    assert drawn.tolist() != sample_examples(1000, 10, 1, "x").tolist()

@@ -1,0 +1,193 @@
+"""A whole round, alone and on several processes."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedsim.aggregation.build import build_strategy
+from fedsim.comm.group import Group, SoloGroup
+from fedsim.data.build import FederatedData
+from fedsim.data.lengths import length_classes
+from fedsim.data.partition import Partition
+from fedsim.evaluation.clients import CommonTest
+from fedsim.evaluation.losses import LossEvaluator
+from fedsim.lora.initial import initial_adapter
+from fedsim.lora.state import ServerState
+from fedsim.lora.updates import POOLED_CLIENT
+from fedsim.models.adapted import AdaptedModel
+from fedsim.models.targets import find_targets
+from fedsim.server.cohort import CohortPolicy, LocalBudget
+from fedsim.server.metrics import client_rows, round_metrics
+from fedsim.server.round import Run, measure_global, run_round
+from fedsim.training.sequential import SequentialTrainer
+from fedsim.training.settings import LocalSettings, OptimizerSettings
+from tests.helpers import make_store, random_texts, run_ranks, tiny_opt
+
+NUM_CLIENTS = 5
+
+
+def make_data() -> FederatedData:
+    """Five clients of 2, 4, 6, 8 and 10 examples."""
+    train, test = make_store(random_texts(30, seed=1)), make_store(random_texts(24, seed=2))
+    edges, classes = length_classes(train.num_tokens, 3, fewer_if_tied=False)
+    sizes = np.arange(2, 12, 2)
+    offsets = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+    nothing = np.zeros(NUM_CLIENTS + 1, dtype=np.int64)
+    partition = Partition(
+        "test", np.arange(30, dtype=np.int64), offsets, np.zeros(0, dtype=np.int64), nothing,
+        classes, edges, "tokens", np.zeros(30, dtype=bool), {},
+    )  # fmt: skip
+    test_classes = np.searchsorted(np.asarray(edges), test.num_tokens)
+    return FederatedData(train, test, classes, test_classes, edges, partition, "made up", "made up")
+
+
+def make_run(group: Group, strategy: str = "fedavg", size: int = 4, max_pack_clients: int = 1) -> Run:
+    data = make_data()
+    base = tiny_opt()
+    model = AdaptedModel(base, find_targets(base, ["q_proj", "v_proj"]), torch.device("cpu"))
+    settings = LocalSettings(
+        batch_size=3, accumulation=1, max_grad_norm=1.0, optimizer=OptimizerSettings(lr=1e-2), schedule="linear",
+        warmup_steps=0, lora_dropout=0.2, base_dropout=False, seed=1,
+    )  # fmt: skip
+    test = LossEvaluator(model, data.test, data.test_classes, 3, np.arange(24), pad_id=1, batch_tokens=40)
+    return Run(
+        group=group, data=data, strategy=build_strategy(strategy, "examples"),
+        trainer=SequentialTrainer(model, data.train, 1, settings, group.rank), global_test=test,
+        client_test=CommonTest(test), cohort=CohortPolicy(NUM_CLIENTS, size), budget=LocalBudget(1, None, 3),
+        max_pack_clients=max_pack_clients, rounds=3, evaluate_every=1, seed=1,
+    )  # fmt: skip
+
+
+def start_state() -> ServerState:
+    targets = find_targets(tiny_opt(), ["q_proj", "v_proj"])
+    return ServerState(0, initial_adapter(targets, 2, 16.0, False, 1))
+
+
+def three_rounds(group: Group, strategy: str = "fedavg", max_pack_clients: int = 1) -> dict[str, list]:
+    """Everything that must not depend on the number of processes, as exact bytes."""
+    run = make_run(group, strategy, max_pack_clients=max_pack_clients)
+    state = start_state()
+    figures = []
+    for _ in range(3):
+        state, report = run_round(state, run)
+        metrics = round_metrics(report, 0.0)
+        figures.append(
+            {k: v for k, v in metrics.items() if not k.startswith(("time/", "ranks/")) and "_per_s" not in k}
+        )
+        rows = [
+            {k: v for k, v in row.items() if k not in ("process_rank", "seconds")}
+            for row in client_rows(report)
+        ]
+        figures.append(rows)
+    adapters = {"": state.adapter, **state.strategy_state}
+    bits = {
+        f"{name}/{module}": (factors.A.numpy().tobytes(), factors.B.numpy().tobytes())
+        for name, adapter in adapters.items()
+        for module, factors in adapter.items()
+    }
+    return {"figures": figures, "bits": [bits]}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_bits_do_not_depend_on_the_number_of_processes(world_size, tmp_path):
+    alone = three_rounds(SoloGroup())
+    for result in run_ranks(three_rounds, world_size, tmp_path):
+        assert result == alone
+
+
+def test_more_ranks_than_clients_and_the_local_baseline(tmp_path):
+    """Two packs of at most three clients on four ranks; the state holds one adapter for each client."""
+    alone = three_rounds(SoloGroup(), "local", 3)
+    assert len(alone["bits"][0]) == 4 * (1 + NUM_CLIENTS)
+    for result in run_ranks(three_rounds, 4, tmp_path, "local", 3):
+        assert result == alone
+
+
+def test_packs_do_not_change_what_clients_learn():
+    assert three_rounds(SoloGroup(), max_pack_clients=4)["bits"] == three_rounds(SoloGroup())["bits"]
+
+
+def test_a_round_lowers_the_training_loss_and_reports_itself():
+    run = make_run(SoloGroup())
+    state, report = run_round(start_state(), run)
+    assert state.round_index == 1
+    assert [client.client_id for client in report.clients] == sorted({c.client_id for c in report.clients})
+    assert len(report.clients) == 4
+    metrics = round_metrics(report, 0.5)
+    assert metrics["comm/uplink_bytes"] == 4 * state.adapter.num_bytes
+    assert metrics["comm/downlink_bytes"] == 4 * state.adapter.num_bytes
+    assert metrics["test/perplexity"] == pytest.approx(np.exp(metrics["test/loss"]))
+    assert metrics["fairness/test_loss_variance_before"] == 0.0, (
+        "all start from one adapter and share one test set"
+    )
+    assert metrics["fairness/test_loss_variance"] > 0.0
+    assert {"time/round_s", "time/train_s", "time/gather_s", "time/aggregate_s"} <= set(metrics)
+
+
+def test_global_loss_is_the_mean_over_label_tokens():
+    """Against a loop over single sequences without padding."""
+    run = make_run(SoloGroup())
+    state = start_state()
+    sums = measure_global(run, state.adapter, "evaluation")
+    base = tiny_opt()
+    losses = []
+    for index in range(len(run.data.test)):
+        ids = torch.from_numpy(run.data.test.sequence(index).astype(np.int64))[None]
+        with torch.no_grad():
+            logits = base(input_ids=ids).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+    assert sums.mean == pytest.approx(float(torch.cat(losses).mean()), abs=1e-6)
+    per_sequence = float(torch.stack([loss.mean() for loss in losses]).mean())
+    assert abs(sums.mean - per_sequence) > 1e-4, "a mean of means is another figure"
+    for index in range(3):
+        own = torch.cat([loss for loss, c in zip(losses, run.data.test_classes, strict=True) if c == index])
+        assert sums.class_means()[index] == pytest.approx(float(own.mean()), abs=1e-6)
+
+
+def test_centralized_pools_the_data_with_the_budget_of_the_cohort():
+    run = make_run(SoloGroup(), "centralized")
+    cohort_run = make_run(SoloGroup(), "fedavg")
+    _, pooled = run_round(start_state(), run)
+    _, federated = run_round(start_state(), cohort_run)
+    assert [client.client_id for client in pooled.clients] == [POOLED_CLIENT]
+    assert pooled.clients[0].num_examples == sum(client.num_examples for client in federated.clients)
+
+
+def test_evaluation_rounds():
+    run = make_run(SoloGroup())
+    assert [run.evaluates(index) for index in range(3)] == [True, True, True]
+    from dataclasses import replace
+
+    every_two = replace(run, evaluate_every=2)
+    assert [every_two.evaluates(index) for index in range(3)] == [False, True, True]
+    _, report = run_round(start_state(), every_two)
+    assert report.global_test is None
+    assert report.clients[0].test_loss_after is None
+    assert "test/loss" not in round_metrics(report, 0.0)
+
+
+def fail_on_one_rank(group: Group) -> str:
+    from fedsim.errors import PeerError, TrainingError
+
+    class Broken:
+        def train(self, pack, starts, round_index):
+            raise TrainingError("the loss of client 2 must stay finite, got nan")
+
+    from dataclasses import replace
+
+    run = make_run(group)
+    if group.rank == 1:
+        run = replace(run, trainer=Broken())
+    try:
+        run_round(start_state(), run)
+    except PeerError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_failing_client_ends_all_ranks(tmp_path):
+    expected = (
+        "local training, round 0 failed on 1 of 2 ranks; rank 1: TrainingError: the loss of client 2 must stay "
+        "finite, got nan"
+    )
+    assert run_ranks(fail_on_one_rank, 2, tmp_path) == [expected, expected]
