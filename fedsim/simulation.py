@@ -170,6 +170,7 @@ def _run_rounds(
         initial_loss = None
         if state.round_index == 0 and run.strategy.has_global_model:
             initial_loss = measure_global(run, state.adapter, "evaluation before round 0").mean
+            progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         while state.round_index < run.rounds:
             round_index = state.round_index

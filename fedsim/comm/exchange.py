@@ -38,7 +38,8 @@ class FactorsShape:
 
     def unflatten(self, flat: Tensor) -> LoraFactors:
         """Factors whose A and B are views of `flat`, (num_parameters,)."""
-        down, up = flat.split([self.lora_rank * self.in_features, self.out_features * self.lora_rank])
+        middle = self.lora_rank * self.in_features
+        down, up = flat[:middle], flat[middle:]
         return LoraFactors(
             down.view(self.lora_rank, self.in_features),
             up.view(self.out_features, self.lora_rank),

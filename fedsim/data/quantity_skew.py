@@ -59,7 +59,11 @@ def _sizes(shares: NDArray[np.float64], num_examples: int, min_examples: int) ->
     # With the j smallest shares raised to the minimum, the others divide what is left in proportion.
     raised = np.arange(num_clients)
     factors = (num_examples - raised * min_examples) / np.cumsum(in_order[::-1])[::-1]
-    factor = factors[np.argmax(factors * in_order >= min_examples)]
+    is_enough = factors * in_order >= min_examples
+    is_enough[-1] = (
+        True  # as K * min_examples <= N; without this, rounding error may say otherwise where they are equal
+    )
+    factor = factors[np.argmax(is_enough)]
     sizes = np.maximum(factor * shares, min_examples)
     rounded: Ints = largest_remainder(sizes[None, :], np.array([num_examples]))[0]
     return rounded

@@ -129,7 +129,7 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
     options: dict[str, Any] = {}
     if builder == "csv":
         options["keep_default_na"] = False  # the words "NA", "null" and "None" are texts, not missing values
-    splits = {}
+    splits: dict[Any, Any] = {}
     for split, paths in readable.items():  # one by one, because splits need not have the same columns
         splits |= _load(
             source,
@@ -191,6 +191,11 @@ def _has_content(file: Path) -> bool:
 
 def _literal(file: Path) -> str:
     """The path as `datasets` must be given it: it reads *, ? and [ in a path as a pattern."""
+    if file.suffix == ".gz" and ("[" in str(file) or "]" in str(file)):
+        # It turns the path of a compressed file into a URL, in which brackets stand for an IPv6 address.
+        raise DataError(
+            f"data.source: the path of a compressed file must be without [ and ], got {file}; rename it"
+        )
     return glob.escape(str(file))
 
 

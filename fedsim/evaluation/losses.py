@@ -117,8 +117,8 @@ class LossEvaluator:
         owner = (batch.targets != IGNORED).nonzero()[:, 0].numpy()
         by_token = self.classes[examples][owner]
         return LossSums(
-            np.bincount(by_token, weights=losses, minlength=self.num_classes),
-            np.bincount(by_token, minlength=self.num_classes),
+            np.bincount(by_token, weights=losses, minlength=self.num_classes).astype(np.float64),
+            np.bincount(by_token, minlength=self.num_classes).astype(np.int64),
         )
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.tokenizer import one_line
 
@@ -27,10 +29,25 @@ def read_model_config(folder: Path, name: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # each model's own checks raise what they like
         raise ModelError(f"{KEY}={name}: its config.json cannot be used ({one_line(error)})") from error
     _check_causal(config, name)
     return config
+
+
+def empty_model(config: Any, name: str, trust_remote_code: bool) -> Any:
+    """The model of a configuration on the meta device: all modules and shapes, no memory.
+
+    Raises:
+        ModelError: the configuration contradicts itself.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ModelError(f"{KEY}={name}: its config.json describes no model ({one_line(error)})") from error
 
 
 def check_sequence_length(max_positions: int | None, max_tokens: int, name: str) -> None:

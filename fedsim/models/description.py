@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fedsim.config.schema import EMBEDDED, ModelConfig
-from fedsim.models.architecture import check_sequence_length, max_positions_of, read_model_config
+from fedsim.models.architecture import check_sequence_length, empty_model, max_positions_of, read_model_config
 from fedsim.models.embedded import embedded_base_config
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, locate
 from fedsim.models.targets import find_targets
@@ -54,8 +52,6 @@ def describe_base(
         ModelError: the model cannot be found or is no causal language model, or the tokenizer does not fit it.
         ConfigError: a target cannot be adapted, or `max_tokens` is too large for the model.
     """
-    from transformers import AutoModelForCausalLM
-
     name = config.name_or_path
     if name == EMBEDDED:
         model_config = embedded_base_config()
@@ -63,8 +59,7 @@ def describe_base(
         patterns = CONFIG_FILES + (CODE_FILES if config.trust_remote_code else ())
         folder = locate("model.name_or_path", name, config.revision, patterns)
         model_config = read_model_config(folder, name, config.trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    model = empty_model(model_config, name, config.trust_remote_code)
     description = BaseDescription(
         name=name,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

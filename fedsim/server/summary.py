@@ -56,14 +56,16 @@ class RunSummary:
     def _partition(self) -> str:
         sizes = self.data.partition.sizes
         return (
-            f"{len(sizes)} clients, {int(sizes.sum()):,} training examples, of a client: least {int(sizes.min())}, "
-            f"median {float(np.median(sizes)):g}, most {int(sizes.max())}; {len(self.data.test):,} test examples"
+            f"{len(sizes)} clients with {int(sizes.sum()):,} training examples (a client: least {int(sizes.min())}, "
+            f"median {float(np.median(sizes)):g}, most {int(sizes.max())}), {len(self.data.test):,} test examples"
         )
 
     def _classes(self) -> str:
-        counts = np.bincount(self.data.train_classes, minlength=self.data.partition.num_classes)
+        num_classes = self.data.partition.num_classes
+        counts = ", ".join(map(str, np.bincount(self.data.train_classes, minlength=num_classes)))
         edges = ", ".join(f"{edge:g}" for edge in self.data.class_edges)
-        return f"{self.data.partition.num_classes} length classes of {', '.join(map(str, counts))} examples, cut at {edges}"
+        unit = self.data.partition.length_unit
+        return f"{num_classes} length classes of {counts} examples, cut after {edges} {unit}"
 
     def _traffic(self) -> str:
         one_way = self.adapter.num_bytes

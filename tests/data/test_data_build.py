@@ -107,7 +107,7 @@ def test_texts_without_label_tokens_are_dropped_before_the_partition(tmp_path: P
     path = tmp_path / "gaps.txt"
     path.write_text("\n\n".join(random_texts(100)) + "\n", encoding="utf-8")
 
-    with pytest.raises(DataError, match="texts leave no label token .*data.on_empty=drop"):
+    with pytest.raises(DataError, match=r"texts leave no label token .*data.on_empty=drop"):
         build(str(path))
     data = build(str(path), on_empty="drop")
     assert len(data.train) + len(data.test) == 100

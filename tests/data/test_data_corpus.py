@@ -69,13 +69,16 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("ending", WRITERS)
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "zipped"),
+    [
+        *((ending, False) for ending in WRITERS),
+        *((ending, True) for ending in WRITERS if ending != ".parquet"),
+    ],
+)
 def test_every_kind_of_file_gives_the_same_texts(ending: str, zipped: bool, tmp_path: Path) -> None:
-    path = WRITERS[ending](tmp_path / f"my [data] 1*{ending}")
+    path = WRITERS[ending](tmp_path / (f"my data 1*{ending}" if zipped else f"my [data] 1*{ending}"))
     if zipped:
-        if ending == ".parquet":
-            pytest.skip("parquet files are compressed inside")
         path = path.with_name(f"{path.name}.gz")
         path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
 
@@ -252,6 +255,7 @@ NOT_TEXT = bytes(range(256)) * 8
         ("a.jsonl.gz", b'{"text": "a"}\n', "Not a gzipped file"),
         ("a.txt.gz", gzip.compress(b"one\ntwo\n" * 50)[:30], "cannot be read"),
         ("a.csv", b"text,kind\na,b\na,b,c,d\n", "cannot be read as csv .*Expected 2 fields in line 3"),
+        ("[a].txt.gz", gzip.compress(b"one"), r"must be without \[ and \]"),
         ("a.pdf", b"x", "must end in one of .jsonl, .json, .csv, .parquet, .txt"),
         ("a.parquet.gz", b"x", "must end in one of"),
     ],
@@ -322,7 +326,7 @@ def test_a_missing_split_or_column_is_refused(changes: dict[str, str], message: 
 
 
 def test_a_single_example_cannot_be_held_out(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="data.test_split=null .* at least 2 examples, got 1"):
+    with pytest.raises(DataError, match=r"data.test_split=null .* at least 2 examples, got 1"):
         read(write_jsonl(tmp_path / "a.jsonl", ROWS[:1]))
 
 
@@ -402,7 +406,7 @@ def test_a_missing_configuration_names_its_key(monkeypatch: pytest.MonkeyPatch) 
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match="data.subset=None .* 'en', 'de'"):
+    with pytest.raises(DataError, match=r"data.subset=None .* \['en', 'de'\]"):
         read("someone/reviews")
 
 

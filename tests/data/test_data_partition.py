@@ -185,6 +185,13 @@ def test_quantity_skew_uses_every_example_once_and_keeps_the_minimum_and_the_mix
     assert np.array_equal(deal.indices, again.indices)
 
 
+@pytest.mark.parametrize("minimum", [1, 3])
+def test_quantity_skew_deals_the_minimum_where_no_more_is_left(minimum: int) -> None:
+    for seed in range(60):
+        deal = deal_quantity_skew(np.zeros(6 * minimum, dtype=np.int64), 6, 1.0, minimum, generator(seed))
+        assert np.diff(deal.offsets).tolist() == [minimum] * 6
+
+
 def test_quantity_skew_keeps_the_proportions_of_clients_above_the_minimum() -> None:
     classes = np.zeros(100_000, dtype=np.int64)
     free = np.diff(deal_quantity_skew(classes, 10, 0.5, 1, generator(5)).offsets)

@@ -147,10 +147,10 @@ def test_a_tokenizer_fingerprint_ignores_what_earlier_calls_left_behind() -> Non
 def test_a_tokenizer_without_a_rust_backend_has_a_fingerprint() -> None:
     class Plain:
         is_fast = False
-        special_tokens_map = {"bos_token": "<s>"}
 
         def __init__(self, prefix: list[int]) -> None:
             self.prefix = prefix
+            self.special_tokens_map = {"bos_token": "<s>"}
 
         def get_vocab(self) -> dict[str, int]:
             return {"a": 0, "b": 1}
@@ -174,5 +174,5 @@ def test_long_texts_bring_no_warning(caplog: pytest.LogCaptureFixture, capsys: p
 
 
 def test_text_that_is_not_unicode_is_refused() -> None:
-    with pytest.raises(DataError, match="row 1 .* not valid Unicode"):
+    with pytest.raises(DataError, match=r"row 1 .* not valid Unicode"):
         build(TextSet(["w3", "w4 \ud800"]))
