@@ -8,8 +8,8 @@ A manifest with checksums shows a damaged entry.
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -65,7 +65,8 @@ def cached_folder(kind: str, content: Mapping[str, object], build: Callable[[Pat
 
 
 def _build_entry(entry: Path, content: Mapping[str, object], build: Callable[[Path], None]) -> None:
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{entry.name[:8]}-", dir=entry.parent))
+    unfinished = entry.with_name(f".{entry.name[:8]}-{secrets.token_hex(4)}")
+    unfinished.mkdir()  # with the user's umask, so that a group can share a cache
     try:
         build(unfinished)
         files = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}

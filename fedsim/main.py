@@ -61,6 +61,7 @@ def _with_group(command: CommandLine) -> int:
 
     config = command.config
     rank, local_rank, world_size = world_from_environment()
+    _quiet_libraries(rank)
     device = choose_device(config.run.device, local_rank)
     torch.set_num_threads(config.run.threads_per_process)
     _configure_logging(rank)
@@ -92,6 +93,14 @@ def _configure_logging(rank: int) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("fedsim").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def _quiet_libraries(rank: int) -> None:
+    """Set before they are imported; what the user has set stands."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the default, said aloud: no warning at a fork
+    if rank > 0:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from fedsim.comm.group import Group
 from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError
+from fedsim.errors import FedsimError, ModelError
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import save_peft_adapter
@@ -163,13 +164,18 @@ def _run_rounds(
 ) -> None:
     """All rounds that are left, on every rank; `records` is None except on rank 0."""
     group = run.group
+    state = _start_state(run, base, summary, records)
     with _reporting(config, group, summary, records) as (progress, tracker):
-        state = _start_state(config, run, base, summary, records)
         payload_mib = pickled_payload_mib(state.adapter)
         run = replace(run, watch=progress)
         initial_loss = None
         if state.round_index == 0 and run.strategy.has_global_model:
             initial_loss = measure_global(run, state.adapter, "evaluation before round 0").mean
+            if not math.isfinite(initial_loss):
+                raise ModelError(
+                    f"model.name_or_path={base.name}: its loss on the test set must be finite, got {initial_loss}; "
+                    "check its weights, or set model.dtype to another type"
+                )
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         while state.round_index < run.rounds:
@@ -196,11 +202,8 @@ def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
     return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
 
 
-def _start_state(
-    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
-) -> ServerState:
+def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Records | None) -> ServerState:
     """The newest checkpoint, or the initial state, on every rank."""
-    del config
     group = run.group
 
     def load() -> ServerState:

@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import queue
+import socket
+import sys
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +127,57 @@ def _rank_main(
         results.put((rank, True, value))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
+
+
+def run_program(
+    arguments: Sequence[str], world_size: int, tmp_path: Path, timeout_s: float = 120.0
+) -> list[tuple[int | None, str]]:
+    """Call `fedsim.main` in `world_size` real processes, as a launcher would; exit code and standard error of each.
+
+    The processes are forked from a server that has imported what they need, which saves seconds for each. The exit
+    code of a process that does not end in time is None.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["fedsim.main", "fedsim.simulation", "transformers.models.opt", "datasets"]
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    chosen = ("FEDSIM_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM")
+    shared = {name: os.environ[name] for name in chosen if name in os.environ}
+    shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    tag = os.urandom(4).hex()
+    outputs = [tmp_path / f"stderr-{tag}-{rank}" for rank in range(world_size)]
+    processes = [
+        context.Process(
+            target=_program_main,
+            args=(
+                list(arguments),
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                str(outputs[rank]),
+            ),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return [(code, output.read_text(encoding="utf-8")) for code, output in zip(codes, outputs, strict=True)]
+
+
+def _program_main(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+    os.environ.update(environment)
+    with Path(output).open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    from fedsim.main import main
+
+    sys.exit(main(arguments))

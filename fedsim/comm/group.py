@@ -122,20 +122,27 @@ def world_from_environment(environment: Mapping[str, str] = os.environ) -> tuple
     Raises:
         ConfigError: the launcher's variables contradict each other.
     """
-    present = [name for name in ("RANK", "WORLD_SIZE") if name in environment]
-    if not present:
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return 0, 0, 1
-    try:
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        local_rank = int(environment.get("LOCAL_RANK", rank))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"RANK and WORLD_SIZE must both be set to whole numbers by the launcher, got {error}; "
-            "start with torchrun, or unset both"
-        ) from error
+    rank, world_size = _variable(environment, "RANK"), _variable(environment, "WORLD_SIZE")
+    local_rank = _variable(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK must be in [0, WORLD_SIZE={world_size}), got {rank}")
+    if local_rank < 0:
+        raise ConfigError(f"LOCAL_RANK must be at least 0, got {local_rank}")
     return rank, local_rank, world_size
+
+
+def _variable(environment: Mapping[str, str], name: str) -> int:
+    """A whole number from the launcher."""
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError) as error:
+        got = repr(environment[name]) if name in environment else "nothing"
+        raise ConfigError(
+            f"the launcher must set {name} to a whole number, got {got}; start with torchrun, or unset RANK, "
+            "LOCAL_RANK and WORLD_SIZE to run one process"
+        ) from error
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -181,7 +188,7 @@ def join_group(
         init_method: rendezvous as in `torch.distributed.init_process_group`.
 
     Raises:
-        ConfigError: nccl is asked for on a CPU, or gloo on a GPU.
+        ConfigError: nccl is asked for on a CPU, or gloo on a GPU; or the processes do not find each other.
     """
     fitting = "nccl" if device.type == "cuda" else "gloo"
     if backend not in ("auto", fitting):
@@ -190,11 +197,19 @@ def join_group(
         return SoloGroup(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        fitting,
-        init_method=init_method,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    try:
+        dist.init_process_group(
+            fitting,
+            init_method=init_method,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except (ValueError, dist.DistError) as error:  # a variable is missing or wrong; the others did not answer
+        where = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT")]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"the {world_size} processes must find each other at {' '.join(where)}, and rank {rank} did not "
+            f"({reason}); start with torchrun, which sets both, and check that every rank has started"
+        ) from error
     return TorchGroup(device)

@@ -149,6 +149,11 @@ class ModelConfig(Node):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = key(
         "auto", "type of the base weights; auto: bfloat16 on a GPU, float32 on a CPU"
     )
+    cpu_linear: Literal["auto", "torch", "onednn"] = key(
+        "auto",
+        "products with the frozen weights on a CPU: torch's own, or oneDNN's with weights packed once, which takes "
+        "about twice the linear weights' memory more; auto: oneDNN on CPUs where it is known to pay",
+    )
     dropout: Literal["off", "as_config"] = key(
         "off",
         "the base's own dropout in local training; as_config: as its config says, which is what the papers' "
@@ -224,13 +229,23 @@ class ScheduleConfig(Node):
 
 
 class PackConfig(Node):
-    """How the cohort is cut into packs, the unit of work of a process."""
+    """How the cohort is cut into packs, the unit of work of a process, and how a pack is worked off."""
 
-    max_clients: int = key(
-        1,
-        "clients of a pack; they are trained one after another on one process, so 1 balances the processes "
-        "best",
-        "clients",
+    num_packs: int = key(
+        4,
+        "packs of a round, never more than its clients; results depend on it (to rounding) and not on the number of "
+        "processes, so set it to a multiple of the largest number of processes you use",
+        "packs",
+        gt=0,
+    )
+    max_slots: int = key(
+        8, "clients of a pack that train at the same time; the others wait for a free slot", "clients", gt=0
+    )
+    max_tokens: int | None = key(
+        None,
+        "most tokens that go through the base at once; null: 8192 on a GPU, 2048 on a CPU; a larger micro-batch of one "
+        "client stays whole",
+        "tokens",
         gt=0,
     )
 
@@ -245,6 +260,15 @@ class TrainingConfig(Node):
     batch_size: int = key(8, "examples of a forward pass", "examples", gt=0)
     gradient_accumulation_steps: int = key(
         1, "forward passes of an optimizer step; the loss is the mean over all label tokens of the step", gt=0
+    )
+    trainer: Literal["auto", "packed", "sequential"] = key(
+        "auto",
+        "packed: the clients of a pack go through the base together; sequential: one after another; auto: packed, or "
+        "sequential with a warning where the model cannot be packed",
+    )
+    on_not_finite: Literal["fail", "drop"] = key(
+        "fail",
+        "a client whose loss or adapter is not finite ends the run, or is left out of the round and counted",
     )
     max_grad_norm: float | None = key(
         1.0, "clip each client's gradient to this norm; null: do not clip", gt=0

@@ -12,7 +12,7 @@ from fedsim.data.corpus import build_corpus
 from fedsim.data.iid import deal_iid
 from fedsim.data.length_skew import deal_length_skew
 from fedsim.data.lengths import assign_classes, length_classes
-from fedsim.data.partition import Deal, Partition, split_clients
+from fedsim.data.partition import Deal, Partition, check_enough, split_clients
 from fedsim.data.quantity_skew import deal_quantity_skew
 from fedsim.data.tokens import TokenStore, build_token_store
 from fedsim.seeding import numpy_generator
@@ -92,6 +92,9 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
             lengths do not have as many classes as asked for.
     """
     rules = config.partition
+    check_enough(
+        len(train), rules.num_clients, 1
+    )  # before the classes, which such a corpus may not have either
     edges, classes = length_classes(
         _lengths(train, rules.length_unit), rules.num_length_classes, fewer_if_tied=rules.name == "iid"
     )

@@ -71,9 +71,13 @@ def _too_many_classes(in_order: NDArray[np.generic], num_classes: int) -> str:
         if np.unique(edges[edges < in_order[-1]]).size == possible - 1:
             break
         possible -= 1
+    remedy = (
+        f"set it to {possible} or less"
+        if possible > 1
+        else "choose data.partition.name=iid, or quantity_skew with data.partition.num_length_classes=1"
+    )
     return (
         f"data.partition.num_length_classes={num_classes} needs as many distinct quantile classes, but the "
         f"{in_order.size} training examples (lengths {in_order[0]} to {in_order[-1]}, "
-        f"{np.unique(in_order).size} distinct) allow at most {possible}; set it to {possible}"
-        + (" or choose data.partition.name=iid" if possible == 1 else " or less")
+        f"{np.unique(in_order).size} distinct) allow at most {possible}; {remedy}"
     )

@@ -129,16 +129,22 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
     options: dict[str, Any] = {}
     if builder == "csv":
         options["keep_default_na"] = False  # the words "NA", "null" and "None" are texts, not missing values
+    cache = _writable_cache()
     splits: dict[Any, Any] = {}
     for split, paths in readable.items():  # one by one, because splits need not have the same columns
-        splits |= _load(
-            source,
-            f"data.source={source} cannot be read as {builder}",
-            path=builder,
-            data_files={split: [_literal(file) for file in paths]},
-            cache_dir=str(_writable_cache()),
-            **options,
-        )
+        try:
+            splits |= _load(
+                source,
+                f"data.source={source} cannot be read as {builder}",
+                path=builder,
+                data_files={split: [_literal(file) for file in paths]},
+                cache_dir=str(cache),
+                **options,
+            )
+        except DataError as error:
+            if isinstance(_innermost(error), OSError):  # a table that `datasets` made earlier may be cut off
+                raise DataError(f"{error}; if the file is sound, delete the cache folder {cache}") from error
+            raise
     return splits
 
 
@@ -268,8 +274,7 @@ def _quiet() -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """One line on why reading failed: the innermost cause, which names the fault in the file."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = _innermost(error)
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 text: {error}"
     if isinstance(error, StopIteration):
@@ -278,6 +283,12 @@ def _reason(error: BaseException) -> str:
         return "it holds no rows"
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words if len(words) <= 300 else words[:297] + '...'}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _list(paths: Sequence[Path]) -> str:

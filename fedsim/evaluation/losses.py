@@ -8,15 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fedsim.data.batches import IGNORED, collate, length_batches
+from fedsim.data.batches import length_batches
 from fedsim.data.tokens import TokenStore
 from fedsim.errors import DataError
+from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
-from fedsim.models.adapted import AdaptedModel
-from fedsim.models.losses import label_losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,54 +69,47 @@ class LossEvaluator:
     The batches are fixed by the examples and the token budget, so any share of them can be measured anywhere.
 
     Args:
-        model: the base with its adapter slots.
+        scorer: measures single examples.
         store: test examples.
         classes: length class of each example of the store.
         num_classes: C.
         examples: indices of the examples to use.
-        pad_id: token id that fills a batch up.
         batch_tokens: most tokens of a batch, padding included.
     """
 
     def __init__(
         self,
-        model: AdaptedModel,
+        scorer: Scorer,
         store: TokenStore,
         classes: NDArray[np.int64],
         num_classes: int,
         examples: NDArray[np.int64],
-        pad_id: int,
         batch_tokens: int,
     ) -> None:
-        self.model = model
+        self.scorer = scorer
         self.store = store
         self.classes = classes
         self.num_classes = num_classes
-        self.pad_id = pad_id
-        positions = length_batches(np.asarray(store.num_tokens)[examples], batch_tokens)
+        positions = length_batches(store.num_tokens[examples], batch_tokens)
         self.batches = [examples[chosen] for chosen in positions]
 
     def measure(self, adapter: AdapterState, chosen: Sequence[int] | None = None) -> dict[int, LossSums]:
         """Loss sums of the batches `chosen` (all by default), by batch index."""
-        self.model.load(adapter)
+        self.scorer.use(adapter)
         wanted = range(len(self.batches)) if chosen is None else chosen
-        with torch.inference_mode():
-            return {index: self._measure_batch(self.batches[index]) for index in wanted}
+        return {index: self._measure_batch(self.batches[index]) for index in wanted}
 
     def loss(self, adapter: AdapterState) -> float:
         """Loss over all batches in nats per label token."""
         return merge_batches(self.measure(adapter)).mean
 
     def _measure_batch(self, examples: NDArray[np.int64]) -> LossSums:
-        batch = collate(self.store, examples, self.pad_id)
-        device = self.model.device
-        logits = self.model.logits(batch.input_ids.to(device), batch.attention_mask.to(device))
-        losses = label_losses(logits, batch.targets.to(device)).double().cpu().numpy()
-        owner = (batch.targets != IGNORED).nonzero()[:, 0].numpy()
-        by_token = self.classes[examples][owner]
+        losses = self.scorer.example_losses(self.store, examples)
+        classes = self.classes[examples]
+        tokens = self.store.num_label_tokens[examples]
         return LossSums(
-            np.bincount(by_token, weights=losses, minlength=self.num_classes).astype(np.float64),
-            np.bincount(by_token, minlength=self.num_classes).astype(np.int64),
+            np.bincount(classes, weights=losses, minlength=self.num_classes).astype(np.float64),
+            np.bincount(classes, weights=tokens, minlength=self.num_classes).astype(np.int64),
         )
 
 

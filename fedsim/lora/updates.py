@@ -27,6 +27,8 @@ class ClientReport:
         pack: index of its pack in the round.
         process_rank: process that trained it.
         seconds: wall time of its local run, tests not included.
+        pack_occupancy: share of the slot-steps of its pack in which a client trained.
+        pack_padding: padded rows in attention per token of its pack, minus 1.
         test_loss_before: test loss of the adapter it received, in nats per label token; None if not measured.
         test_loss_after: test loss of the adapter it returns; None if not measured.
     """
@@ -45,6 +47,8 @@ class ClientReport:
     pack: int
     process_rank: int
     seconds: float
+    pack_occupancy: float = 1.0
+    pack_padding: float = 0.0
     test_loss_before: float | None = None
     test_loss_after: float | None = None
 

@@ -4,45 +4,64 @@ Shapes: b = sequences of a batch, L = their padded length, r = LoRA rank, i / o 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsim.errors import AdapterError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.seeding import derive_seed, torch_generator
+from fedsim.models.dropout import (
+    feature_keys,
+    keep_mask,
+    keyed_base_dropout,
+    seeded_global_generators,
+    token_keys,
+)
+from fedsim.seeding import derive_seed
+
+LORA_DROPOUT = "lora_dropout"
+BASE_DROPOUT = "base_dropout"
 
 
 class KeyedDropout:
-    """Dropout on the adapters' inputs whose masks belong to one micro-batch of one client.
-
-    The mask of the t-th real token of a micro-batch depends on (key, module, t) alone: not on padding, nor on who else
-    trains on this process or how often the forward pass is repeated.
+    """Dropout on the adapters' inputs, and where wanted in the base, for one micro-batch of one client.
 
     Args:
-        probability: of a value being dropped, in [0, 1).
+        probability: of a value of an adapter's input being dropped, in [0, 1).
+        in_base: whether the base trains with its own dropout.
         seed: the run's seed.
         key: what names the micro-batch: round, client, step, micro-batch.
         attention_mask: (b, L), true where a token is real.
     """
 
-    def __init__(self, probability: float, seed: int, key: tuple[int, ...], attention_mask: Tensor) -> None:
+    def __init__(
+        self, probability: float, in_base: bool, seed: int, key: tuple[int, ...], attention_mask: Tensor
+    ) -> None:
         self.probability = probability
-        self.seed = seed
-        self.key = key
-        self.real_tokens = attention_mask.reshape(-1).nonzero().squeeze(1)
-        self.num_tokens = attention_mask.numel()
+        self.in_base = in_base
+        self.base_seed = derive_seed(seed, BASE_DROPOUT, *key)
+        self.lora_tokens = _spread(
+            token_keys(seed, LORA_DROPOUT, key, int(attention_mask.sum())), attention_mask
+        )
+        self.base_tokens = _spread(
+            token_keys(seed, BASE_DROPOUT, key, int(attention_mask.sum())), attention_mask
+        )
 
-    def __call__(self, x: Tensor, module_index: int) -> Tensor:
-        """(b, L, i): x with dropped values 0 and the others divided by 1 - probability; padding becomes 0."""
-        generator = torch_generator(self.seed, "lora_dropout", *self.key, module_index, device=x.device)
-        uniform = torch.rand(len(self.real_tokens), x.shape[-1], generator=generator, device=x.device)
-        kept = (uniform >= self.probability).to(x.dtype).div_(1.0 - self.probability)
-        if len(self.real_tokens) < self.num_tokens:
-            kept = kept.new_zeros(self.num_tokens, x.shape[-1]).index_copy_(0, self.real_tokens, kept)
-        return x * kept.view(x.shape)
+    def __call__(self, x: Tensor, features: Tensor) -> Tensor:
+        """(b, L, i): x with dropped values 0 and the others divided by 1 - probability."""
+        return x * keep_mask(self.lora_tokens, features, self.probability, x.dtype).view(x.shape)
+
+
+def _spread(keys: NDArray[np.int32], attention_mask: Tensor) -> Tensor:
+    """(b * L,) the keys of real tokens at their places, 0 at padding."""
+    real = attention_mask.reshape(-1).bool()
+    spread = torch.zeros(real.shape, dtype=torch.int32, device=real.device)
+    spread[real] = torch.from_numpy(keys).to(real.device)
+    return spread
 
 
 class LoraLinear(nn.Module):
@@ -51,9 +70,9 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, index: int) -> None:
         super().__init__()
         self.base = base
-        self.index = index
         self.factors: LoraFactors | None = None
         self.dropout: KeyedDropout | None = None
+        self.features = feature_keys(index, base.in_features).to(base.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., i) -> (..., o), in the base's dtype; the adapter computes in its own."""
@@ -62,7 +81,7 @@ class LoraLinear(nn.Module):
             return y
         h = x.to(self.factors.A.dtype)
         if self.dropout is not None:
-            h = self.dropout(h, self.index)
+            h = self.dropout(h, self.features)
         product = (h @ self.factors.A.T) @ self.factors.B.T
         return y + (product * self.factors.scaling).to(y.dtype)
 
@@ -147,27 +166,21 @@ class AdaptedModel:
         return logits
 
     @contextmanager
-    def keyed_dropout(self, dropout: KeyedDropout | None) -> Iterator[None]:
-        """Use `dropout` on the adapters' inputs within the block."""
-        for linear in self._linears.values():
-            linear.dropout = dropout
-        try:
+    def keyed_dropout(self, dropout: KeyedDropout) -> Iterator[None]:
+        """Train with `dropout` within the block."""
+        with ExitStack() as undo:
+            if dropout.probability > 0:
+                for linear in self._linears.values():
+                    linear.dropout = dropout
+                undo.callback(self._without_dropout)
+            if dropout.in_base:
+                self.model.train()
+                undo.callback(self.model.eval)
+                undo.enter_context(keyed_base_dropout(dropout.base_tokens))
+                # what is left draws from the global generators: dropout inside attention, dropped layers
+                undo.enter_context(seeded_global_generators(dropout.base_seed, self.device))
             yield
-        finally:
-            for linear in self._linears.values():
-                linear.dropout = None
 
-    @contextmanager
-    def base_dropout(self, seed: int, key: tuple[int, ...]) -> Iterator[None]:
-        """Train with the base's own dropout within the block, from the stream (seed, key).
-
-        Hugging Face's models draw it from the global generators, which are seeded for the block and put back.
-        """
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(derive_seed(seed, "base_dropout", *key))
-            self.model.train()
-            try:
-                yield
-            finally:
-                self.model.eval()
+    def _without_dropout(self) -> None:
+        for linear in self._linears.values():
+            linear.dropout = None

@@ -14,6 +14,7 @@ from fedsim.errors import ModelError
 from fedsim.models.architecture import KEY, read_model_config
 from fedsim.models.embedded import embedded_base_folder
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
+from fedsim.models.quiet import quiet_transformers
 from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
 
 HASHED_BYTES = 2**20
@@ -58,7 +59,13 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
     dtype = choose_dtype(config.dtype, device)
     tokenizer = build_tokenizer(config)
     folder = embedded_base_folder() if config.name_or_path == EMBEDDED else _locate_weights(config)
-    model = load_frozen(folder, config, dtype).to(device)
+    model = load_frozen(
+        folder,
+        config.name_or_path,
+        dtype,
+        allow_pickle=config.allow_pickle,
+        trust_remote_code=config.trust_remote_code,
+    ).to(device)
     rows = model.get_input_embeddings().num_embeddings
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
     return BaseModel(model, tokenizer, padding_id(tokenizer), config.name_or_path, dtype, fingerprint(model))
@@ -73,27 +80,34 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def load_frozen(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Any:
+def load_frozen(
+    folder: Path, name: str, dtype: torch.dtype, *, allow_pickle: bool, trust_remote_code: bool
+) -> Any:
     """The model in a local folder, on the CPU, in evaluation mode, without gradients.
+
+    Args:
+        name: the value of `model.name_or_path`, for messages.
+        allow_pickle, trust_remote_code: as in the configuration.
 
     Raises:
         ModelError: as `build_base`.
     """
     from transformers import AutoModelForCausalLM
 
-    name = config.name_or_path
-    model_config = read_model_config(folder, name, config.trust_remote_code)
-    use_safetensors = _choose_format(folder, name, config.allow_pickle)
+    model_config = read_model_config(folder, name, trust_remote_code)
+    use_safetensors = _choose_format(folder, name, allow_pickle)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=model_config,
-            dtype=dtype,
-            use_safetensors=use_safetensors,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=not config.trust_remote_code,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=model_config,
+                dtype=dtype,
+                use_safetensors=use_safetensors,
+                trust_remote_code=trust_remote_code,
+                local_files_only=not trust_remote_code,
+                ignore_mismatched_sizes=True,  # refused below, with the names of the tensors
+                output_loading_info=True,
+            )
     except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...
         raise ModelError(
             f"{KEY}={name}: its weights in {folder} cannot be loaded ({type(error).__name__}: {one_line(error)})"

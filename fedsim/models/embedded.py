@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsim.cache import cached_folder, content_hash
 from fedsim.data.docstrings import read_base_code, split_docstrings
+from fedsim.models.quiet import quiet_transformers
 from fedsim.seeding import derive_seed, numpy_generator
 
 FORMAT = 1
@@ -111,7 +112,8 @@ def embedded_base_folder(steps: int = STEPS) -> Path:
 
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         model = train_embedded(config, tokenizer(blocks)["input_ids"], steps)
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     return cached_folder("embedded-base", content, build)

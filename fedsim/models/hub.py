@@ -68,7 +68,7 @@ def _download(key: str, name: str, revision: str | None, patterns: tuple[str, ..
     import huggingface_hub
     from huggingface_hub import errors
 
-    logger.info("looking up %s on the Hugging Face hub or in its cache", name)
+    unreachable = _why_unreachable(name, revision)
     try:
         return Path(
             huggingface_hub.snapshot_download(
@@ -76,13 +76,9 @@ def _download(key: str, name: str, revision: str | None, patterns: tuple[str, ..
                 revision=revision,
                 allow_patterns=list(patterns),
                 ignore_patterns=list(UNUSED_FILES),
-                etag_timeout=HUB_TIMEOUT_S,
+                local_files_only=unreachable is not None,
             )
         )
-    except errors.HFValidationError as error:
-        raise ModelError(
-            f"{key} must be a Hugging Face model id or an existing local folder, got {name!r}"
-        ) from error
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{key}={name} is gated: accept its terms on its hub page and log in with `hf auth login`"
@@ -94,12 +90,43 @@ def _download(key: str, name: str, revision: str | None, patterns: tuple[str, ..
             f"{key}={name} is neither a local folder (looked from {Path.cwd()}) nor a model that this account sees "
             "on the Hugging Face hub; check the spelling, or log in with `hf auth login` if it is private"
         ) from error
-    except OSError as error:  # every other error of the hub and of its network library
+    except errors.HFValidationError as error:
         raise ModelError(
-            f"{key}={name} is no local folder (looked from {Path.cwd()}), is not in the Hugging Face cache, and "
-            f"the hub cannot be reached ({_first_line(error)}); {OFFLINE_REMEDY.format(name=name)}"
+            f"{key} must be a Hugging Face model id or an existing local folder, got {name!r}"
+        ) from error
+    except _network_errors() as error:
+        raise ModelError(
+            f"{key}={name} is no local folder (looked from {Path.cwd()}), is not complete in the Hugging Face cache, "
+            f"and the hub cannot be reached ({unreachable or _reason(error)}); {OFFLINE_REMEDY.format(name=name)}"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _why_unreachable(name: str, revision: str | None) -> str | None:
+    """None if the hub answers within `HUB_TIMEOUT_S`, be it with a refusal; else why not.
+
+    `snapshot_download` itself waits without limit where a firewall drops packets, as on many compute nodes.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    logger.info("looking up %s on the Hugging Face hub", name)
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+        return None
+    except _network_errors() as error:
+        logger.info("the hub cannot be reached (%s); taking %s from the cache", _reason(error), name)
+        return _reason(error)
+    return None
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises: OSError, and errors of its network library, which differs between versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+def _reason(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0]

@@ -107,15 +107,25 @@ def _check_files(folder: Path, key: str, name: str, trust_remote_code: bool) -> 
             f"{key}={name}: there is no tokenizer in {folder} (none of {', '.join(known)}); set model.tokenizer to "
             "the id or folder of one"
         )
-    settings = folder / "tokenizer_config.json"
-    if trust_remote_code or not settings.is_file():
+    _read_settings(folder / "config.json", key, name)  # `transformers` reads the model's as well
+    auto_map = _read_settings(folder / "tokenizer_config.json", key, name).get("auto_map") or {}
+    if trust_remote_code:
         return
-    try:
-        auto_map = json.loads(settings.read_text(encoding="utf-8")).get("auto_map", {})
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{key}={name}: {settings} is not a readable JSON object ({error})") from error
     if "AutoTokenizer" in auto_map and not (folder / "tokenizer.json").is_file():
         raise ModelError(
             f"{key}={name}: its tokenizer is Python code in the repository; set model.trust_remote_code=true if you "
             "trust it"
         )
+
+
+def _read_settings(file: Path, key: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}={name}: {file} is not a readable JSON object ({one_line(error)})") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{key}={name}: {file} is not a readable JSON object")
+    return settings

@@ -13,15 +13,14 @@ from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.evaluation.clients import ClientTest, CommonTest, NoTest, OwnSplitTest
 from fedsim.evaluation.losses import LossEvaluator
+from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.initial import initial_adapter
-from fedsim.lora.state import ServerState
-from fedsim.models.adapted import AdaptedModel
 from fedsim.models.base import BaseModel
 from fedsim.seeding import numpy_generator
 from fedsim.server.cohort import CohortPolicy, LocalBudget
+from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
-from fedsim.training.sequential import SequentialTrainer
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
 
@@ -37,47 +36,35 @@ def build_run(config: Config, group: Group, base: BaseModel, data: FederatedData
     Raises:
         ConfigError: the configuration does not fit the data or the model.
     """
-    from fedsim.models.targets import find_targets
-
-    targets = find_targets(base.model, config.lora.target_modules)
-    model = AdaptedModel(base.model, targets, group.device)
     strategy = build_strategy(config.strategy.name, config.aggregation.client_weights)
     if not strategy.has_global_model and config.evaluation.client_test == "off":
         raise ConfigError(
             "evaluation.client_test must be common or own_split with strategy.name="
             f"{strategy.name}, which has no global model to test, got 'off'"
         )
+    trainer, scorer = build_engine(config, group, base, data.train)
     return Run(
         group=group,
         data=data,
         strategy=strategy,
-        trainer=SequentialTrainer(
-            model, data.train, base.pad_id, _local_settings(config), process_rank=group.rank
-        ),
+        trainer=trainer,
         global_test=_evaluator(
             config,
-            model,
-            base.pad_id,
+            scorer,
             data,
             sample_examples(
                 len(data.test), config.evaluation.max_test_examples, config.run.seed, "max_test_examples"
             ),
         ),
-        client_test=_client_test(config, model, base.pad_id, data),
+        client_test=_client_test(config, scorer, data),
         cohort=build_cohort_policy(config.cohort, data.partition.num_clients),
         budget=_local_budget(config.training),
-        max_pack_clients=config.training.pack.max_clients,
+        local=_local_settings(config),
+        num_packs=config.training.pack.num_packs,
         rounds=config.run.rounds,
         evaluate_every=config.evaluation.every_rounds,
         seed=config.run.seed,
     )
-
-
-def build_initial_state(
-    config: Config, targets: dict[str, tuple[int, int]], dtype: torch.dtype
-) -> ServerState:
-    """The server before round 0, on the CPU."""
-    return ServerState(0, build_initial_adapter(config, targets, dtype))
 
 
 def build_initial_adapter(
@@ -141,27 +128,26 @@ def _local_settings(config: Config) -> LocalSettings:
 
 
 def _evaluator(
-    config: Config, model: AdaptedModel, pad_id: int, data: FederatedData, examples: NDArray[np.int64]
+    config: Config, scorer: Scorer, data: FederatedData, examples: NDArray[np.int64]
 ) -> LossEvaluator:
     return LossEvaluator(
-        model,
+        scorer,
         data.test,
         data.test_classes,
         data.partition.num_classes,
         examples,
-        pad_id,
         config.evaluation.batch_tokens,
     )
 
 
-def _client_test(config: Config, model: AdaptedModel, pad_id: int, data: FederatedData) -> ClientTest:
+def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientTest:
     evaluation = config.evaluation
     limit = evaluation.max_client_test_examples
     if evaluation.client_test == "off":
         return NoTest()
     if evaluation.client_test == "common":
         examples = sample_examples(len(data.test), limit, config.run.seed, "max_client_test_examples")
-        return CommonTest(_evaluator(config, model, pad_id, data, examples))
+        return CommonTest(_evaluator(config, scorer, data, examples))
 
     def own_split(client_id: int) -> LossEvaluator | None:
         own = data.partition.test(client_id) if client_id >= 0 else np.empty(0, dtype=np.int64)
@@ -169,12 +155,11 @@ def _client_test(config: Config, model: AdaptedModel, pad_id: int, data: Federat
             return None
         chosen = sample_examples(len(own), limit, config.run.seed, f"max_client_test_examples/{client_id}")
         return LossEvaluator(
-            model,
+            scorer,
             data.train,
             data.train_classes,
             data.partition.num_classes,
             own[chosen],
-            pad_id,
             evaluation.batch_tokens,
         )
 

@@ -9,6 +9,7 @@ from fedsim.data.build import FederatedData
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.seeding import numpy_generator
 from fedsim.training.packs import ClientJob
+from fedsim.training.settings import LocalSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +62,17 @@ def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[in
     return tuple(sorted(int(client_id) for client_id in drawn))
 
 
-def client_jobs(cohort: Sequence[int], data: FederatedData, budget: LocalBudget) -> tuple[ClientJob, ...]:
+def client_jobs(
+    cohort: Sequence[int], data: FederatedData, budget: LocalBudget, settings: LocalSettings
+) -> tuple[ClientJob, ...]:
     """One job for each client of the cohort, in its order."""
     return tuple(
-        _job(
-            client_id, data.partition.train(client_id), data, budget.local_epochs, budget.local_steps, budget
-        )
-        for client_id in cohort
+        _job(client_id, data.partition.train(client_id), data, budget, settings) for client_id in cohort
     )
 
 
 def pooled_job(
-    cohort: Sequence[int], data: FederatedData, budget: LocalBudget, seed: int, round_index: int
+    cohort: Sequence[int], data: FederatedData, budget: LocalBudget, settings: LocalSettings, round_index: int
 ) -> tuple[ClientJob, ...]:
     """One job for the virtual client with all clients' examples, with the budget of the cohort.
 
@@ -81,27 +81,28 @@ def pooled_job(
     """
     pool = np.sort(data.partition.train_indices)
     wanted = sum(budget.examples_seen(len(data.partition.train(client_id))) for client_id in cohort)
-    generator = numpy_generator(seed, "pool", round_index)
+    generator = numpy_generator(settings.seed, "pool", round_index)
     passes = [generator.permutation(pool) for _ in range(-(-wanted // len(pool)))]
     examples = np.concatenate(passes)[:wanted]
-    return (_job(POOLED_CLIENT, examples, data, 1, None, budget),)
+    once = LocalBudget(1, None, budget.examples_per_step)
+    return (_job(POOLED_CLIENT, examples, data, once, settings),)
 
 
 def _job(
     client_id: int,
     examples: np.ndarray[tuple[int], np.dtype[np.int64]],
     data: FederatedData,
-    local_epochs: int | None,
-    local_steps: int | None,
     budget: LocalBudget,
+    settings: LocalSettings,
 ) -> ClientJob:
     num_tokens = int(data.train.num_tokens[examples].sum())
-    seen = len(examples) * local_epochs if local_epochs is not None else budget.examples_seen(len(examples))
+    seen = budget.examples_seen(len(examples))
     return ClientJob(
         client_id=client_id,
         examples=examples,
         num_tokens=int(data.train.num_label_tokens[examples].sum()),
-        local_epochs=local_epochs,
-        local_steps=local_steps,
+        local_epochs=budget.local_epochs,
+        local_steps=budget.local_steps,
         cost_tokens=num_tokens * seen // len(examples),
+        settings=settings,
     )

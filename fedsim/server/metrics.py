@@ -22,6 +22,7 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float) -> Metrics:
     metrics: Metrics = {
         "round_index": report.round_index,
         "cohort/num_clients": len(clients),
+        "cohort/num_dropped": report.num_dropped,
         "cohort/num_examples": sum(client.num_examples for client in clients),
         "train/loss": math.fsum(client.train_loss_mean for client in clients) / len(clients),
         "train/steps": sum(client.steps for client in clients),
@@ -32,6 +33,9 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float) -> Metrics:
         "comm/downlink_bytes": sum(client.downlink_bytes for client in clients),
         "comm/client_payload_bytes": max(client.uplink_bytes for client in clients),
         "comm/client_payload_pickled_mib": pickled_payload_mib,
+        "packs/num_packs": report.num_packs,
+        "packs/slot_occupancy": math.fsum(client.pack_occupancy for client in clients) / len(clients),
+        "packs/attention_padding": math.fsum(client.pack_padding for client in clients) / len(clients),
         "ranks/idle_share": 1.0
         - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * train_s),
     }

@@ -18,6 +18,7 @@ from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
+from fedsim.training.settings import LocalSettings
 from fedsim.training.trainer import Trainer
 
 
@@ -55,7 +56,8 @@ class Run:
         client_test: the test of a client's adapter before and after local training.
         cohort: how cohorts are chosen.
         budget: how much a client trains in a round.
-        max_pack_clients: clients of a pack.
+        local: how a client trains.
+        num_packs: packs of a round.
         rounds: rounds of the whole run.
         evaluate_every: rounds between evaluations.
         seed: the run's seed.
@@ -70,7 +72,8 @@ class Run:
     client_test: ClientTest
     cohort: CohortPolicy
     budget: LocalBudget
-    max_pack_clients: int
+    local: LocalSettings
+    num_packs: int
     rounds: int
     evaluate_every: int
     seed: int
@@ -88,6 +91,8 @@ class RoundReport:
     Attributes:
         round_index: from 0.
         clients: reports in client_id order.
+        num_dropped: clients of the cohort whose update was left out because it was not finite.
+        num_packs: packs of the round.
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
@@ -95,6 +100,8 @@ class RoundReport:
 
     round_index: int
     clients: tuple[ClientReport, ...]
+    num_dropped: int
+    num_packs: int
     global_test: LossSums | None
     seconds: dict[str, float]
     train_seconds_by_rank: tuple[float, ...]
@@ -108,7 +115,8 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     """
     began = time.perf_counter()
     round_index = state.round_index
-    packs = pack_cohort(round_jobs(run, round_index), run.max_pack_clients)  # whatever the world size
+    jobs = round_jobs(run, round_index)
+    packs = pack_cohort(jobs, run.num_packs)  # whatever the world size
     mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
 
     run.watch.phase("training")
@@ -144,15 +152,17 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         "evaluate_s": ended - aggregated_at,
         "round_s": ended - began,
     }
-    return next_state, RoundReport(round_index, clients, global_test, seconds, busy)
+    return next_state, RoundReport(
+        round_index, clients, len(jobs) - len(clients), len(packs), global_test, seconds, busy
+    )
 
 
 def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients of a round do; the same on every rank."""
     cohort = sample_cohort(run.cohort, run.seed, round_index)
     if run.strategy.trains_pool:
-        return pooled_job(cohort, run.data, run.budget, run.seed, round_index)
-    return client_jobs(cohort, run.data, run.budget)
+        return pooled_job(cohort, run.data, run.budget, run.local, round_index)
+    return client_jobs(cohort, run.data, run.budget, run.local)
 
 
 def measure_global(run: Run, adapter: AdapterState, what: str) -> LossSums:
@@ -172,7 +182,9 @@ def _train_packs(state: ServerState, run: Run, packs: list[Pack]) -> list[Client
     num_clients = sum(len(pack.jobs) for pack in packs)
     for pack in packs:
         starts = [run.strategy.download(state, job.client_id) for job in pack.jobs]
-        for start, update in zip(starts, run.trainer.train(pack, starts, state.round_index), strict=True):
+        start_of = {job.client_id: start for job, start in zip(pack.jobs, starts, strict=True)}
+        for update in run.trainer.train(pack, starts, state.round_index):
+            start = start_of[update.report.client_id]
             updates.append(_with_test_losses(run, start, update) if tested else update)
         run.watch.clients_done(
             len(updates), num_clients, sum(update.report.trained_tokens for update in updates)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
-from fedsim.atomic import write_text_atomic
+from fedsim.atomic import remove_unfinished, write_text_atomic
 from fedsim.errors import RunFolderError
 
 CONFIG_FILE = "config.yaml"
@@ -38,9 +38,12 @@ class RunFolder:
         path: the folder, absolute.
     """
 
-    def __init__(self, path: Path, config_tree: Mapping[str, Any], lock: BaseFileLock) -> None:
+    def __init__(
+        self, path: Path, config_tree: Mapping[str, Any], config_yaml: str, lock: BaseFileLock
+    ) -> None:
         self.path = path
         self._config_tree = config_tree
+        self._config_yaml = config_yaml
         self._lock = lock
 
     def status(self) -> str | None:
@@ -51,9 +54,9 @@ class RunFolder:
         return self._read_run_file().get("status")
 
     def start(self, info: Mapping[str, Any]) -> None:
-        """Write `run.json`: status `running`, the start time, `info` and the configuration.
+        """Write `config.yaml`, and `run.json`: status `running`, the start time, `info` and the configuration.
 
-        Starts before this one are kept under `history`, oldest first.
+        Deletes what earlier starts left half-written. Starts before this one are kept under `history`, oldest first.
 
         Args:
             info: JSON-like values, as from `describe_environment`.
@@ -62,6 +65,9 @@ class RunFolder:
         history = before.get("history", [])
         if before:
             history = [*history, _history_entry(before)]
+        for folder in (self.path, self.path / "checkpoints", self.path / "adapters"):
+            remove_unfinished(folder)
+        write_text_atomic(self.path / CONFIG_FILE, self._config_yaml)
         started = {"status": "running", "reason": None, "start_time": _now(), "end_time": None}
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
 
@@ -130,7 +136,7 @@ def open_run_folder(
     """Create the folder of a run, or enter the one this run has written before, and take its lock.
 
     A folder whose run ended before its first round was recorded has nothing to lose: it is taken over, whatever its
-    configuration was.
+    configuration was. One with results keeps its files as they are until `RunFolder.start`.
 
     Args:
         path: the folder, `run.output_dir` / `run.name`.
@@ -153,13 +159,14 @@ def open_run_folder(
         tree: dict[str, Any] = json.loads(json.dumps(config_tree))  # tuples become lists, as in the file
         if _has_results(path):
             _refuse_other_config(path, config_yaml, safe_keys)
-        write_text_atomic(path / CONFIG_FILE, config_yaml)
+        else:
+            write_text_atomic(path / CONFIG_FILE, config_yaml)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         write_text_atomic(path / OWNER_FILE, json.dumps(owner) + "\n")
     except BaseException:
         lock.release()
         raise
-    return RunFolder(path, tree, lock)
+    return RunFolder(path, tree, config_yaml, lock)
 
 
 def _not_writable(path: Path, error: OSError) -> RunFolderError:

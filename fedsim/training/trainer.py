@@ -22,7 +22,8 @@ class Trainer(Protocol):
             round_index: from 0; part of the key of every random stream.
 
         Returns:
-            Updates in the pack's order, adapters on the base's device.
+            Updates in the pack's order, adapters on the base's device. A client that is not finite is missing where
+            the trainer was told to leave it out.
 
         Raises:
             TrainingError: a client's loss or adapter is not finite.

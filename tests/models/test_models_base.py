@@ -209,9 +209,9 @@ def test_hub_without_network() -> None:
         assert part in message
 
 
-def hub_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
+def answer(kind: type[Exception]) -> Exception:
     error = kind.__new__(kind)  # its arguments, a response of the network library, differ between versions
-    error.args = ("the hub says no",)
+    error.args = ("the hub says no. It is long.\nVery long.",)
     return error
 
 
@@ -221,34 +221,45 @@ def hub_error(kind: type[errors.HfHubHTTPError]) -> errors.HfHubHTTPError:
         (errors.RepositoryNotFoundError, "model.name_or_path=someone/model is neither a local folder"),
         (errors.GatedRepoError, "is gated: accept its terms"),
         (errors.RevisionNotFoundError, "model.revision=v2 does not exist"),
-        (errors.HfHubHTTPError, "the hub cannot be reached"),
+        (errors.HfHubHTTPError, r"the hub cannot be reached \(the hub says no\); give a local folder"),
+        (errors.HfHubHTTPError.__bases__[0], r"the hub cannot be reached \(the hub says no\)"),
+        (ConnectionError, r"the hub cannot be reached \(the hub says no\); give a local folder"),
     ],
 )
-def test_answers_of_the_hub(
-    kind: type[errors.HfHubHTTPError], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_of_the_hub(kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> str:
-        raise hub_error(kind)
+        raise answer(kind)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ModelError, match=message):
         build_tokenizer(ModelConfig(name_or_path="someone/model", revision="v2"))
 
 
-def test_a_snapshot_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_snapshot_of_the_hub_or_its_cache(
+    reachable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_model(tmp_path)
     asked = []
 
+    def model_info(api: Any, name: str, *, revision: str, timeout: float) -> None:
+        assert (name, revision, timeout > 0) == ("someone/model", "v2", True)
+        if not reachable:
+            raise ConnectionError("no network")
+
     def snapshot(name: str, **options: Any) -> str:
-        asked.append((name, options["revision"], options["allow_patterns"]))
+        assert (name, options["revision"]) == ("someone/model", "v2")
+        assert options["local_files_only"] is not reachable
+        asked.extend(options["allow_patterns"])
         return str(tmp_path)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     base = build_base(ModelConfig(name_or_path="someone/model", revision="v2"), "cpu")
     assert base.name == "someone/model"
-    assert {name for name, _, _ in asked} == {"someone/model"}
-    assert {revision for _, revision, _ in asked} == {"v2"}
-    assert not any({"*.bin", "*.py"} & set(patterns) for _, _, patterns in asked)
+    assert "*.safetensors" in asked
+    assert not {"*.bin", "*.py"} & set(asked)
 
 
 @pytest.mark.parametrize("name", ["tiny_opt", "stories260K"])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsim.cache import CacheError, cache_root
+from fedsim.cache import CacheError
 from fedsim.config.schema import ModelConfig
 from fedsim.models.base import build_base, fingerprint
 from fedsim.models.description import describe_base
@@ -17,7 +17,7 @@ SEQUENCES = [[2, *range(4, 4 + length)] for length in range(1, 60)]
 
 
 def train_in_a_process(folder: str) -> None:
-    Path(folder).write_text(str(embedded_base_folder(steps=3)), encoding="utf-8")
+    Path(folder).write_text(str(embedded_base_folder(steps=2)), encoding="utf-8")
 
 
 def test_tokenizer_has_the_layout_of_opt() -> None:
@@ -83,7 +83,7 @@ def test_training_lowers_the_loss() -> None:
     assert losses[1] < losses[0] - 1
 
 
-def test_two_processes_ask_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_ask_at_once(tmp_path: Path) -> None:
     build_tokenizer(ModelConfig())  # so that the processes meet at the base
     context = multiprocessing.get_context("spawn")
     workers = [
@@ -98,9 +98,11 @@ def test_two_processes_ask_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_damaged_entry_is_refused() -> None:
-    folder = embedded_base_folder(steps=1)
+    folder = embedded_base_folder(steps=3)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
     with pytest.raises(CacheError, match=r"model.safetensors changed or missing\); delete that folder"):
-        embedded_base_folder(steps=1)
-    assert folder.is_relative_to(cache_root())
+        embedded_base_folder(steps=3)
+    weights.write_bytes(content)
+    assert embedded_base_folder(steps=3) == folder

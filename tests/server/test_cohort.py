@@ -8,7 +8,10 @@ from fedsim.config.loader import load_config
 from fedsim.server.build import build_cohort_policy, sample_examples
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.training.packs import pack_cohort
+from fedsim.training.settings import LocalSettings, OptimizerSettings
 from tests.server.test_round import make_data
+
+SETTINGS = LocalSettings(4, 1, None, OptimizerSettings(), "constant", 0, 0.0, False, 0)
 
 
 @given(st.integers(1, 300), st.data(), st.integers(0, 2**40), st.integers(0, 1000))
@@ -52,7 +55,7 @@ def test_size_from_the_configuration():
 
 def test_jobs_hold_what_the_partition_says():
     data = make_data()
-    jobs = client_jobs((0, 3), data, LocalBudget(2, None, 4))
+    jobs = client_jobs((0, 3), data, LocalBudget(2, None, 4), SETTINGS)
     assert [list(job.examples) for job in jobs] == [[0, 1], list(range(12, 20))]
     assert jobs[1].num_tokens == data.client_label_tokens(3)
     assert jobs[1].cost_tokens == 2 * data.client_tokens(3)
@@ -60,26 +63,27 @@ def test_jobs_hold_what_the_partition_says():
 
 def test_the_pool_has_the_cohorts_budget_and_repeats_nothing_before_it_must():
     data = make_data()
-    [job] = pooled_job((0, 3), data, LocalBudget(1, None, 4), seed=0, round_index=0)
+    [job] = pooled_job((0, 3), data, LocalBudget(1, None, 4), SETTINGS, round_index=0)
     assert len(job.examples) == len(set(job.examples.tolist())) == 10
-    [longer] = pooled_job((0, 1, 2, 3, 4), data, LocalBudget(2, None, 4), seed=0, round_index=0)
+    [longer] = pooled_job((0, 1, 2, 3, 4), data, LocalBudget(2, None, 4), SETTINGS, round_index=0)
     assert np.array_equal(np.bincount(longer.examples), np.full(30, 2))
-    [steps] = pooled_job((0, 3), data, LocalBudget(None, 3, 4), seed=0, round_index=1)
+    [steps] = pooled_job((0, 3), data, LocalBudget(None, 3, 4), SETTINGS, round_index=1)
     assert len(steps.examples) == 24
-    [again] = pooled_job((0, 3), data, LocalBudget(1, None, 4), seed=0, round_index=1)
+    [again] = pooled_job((0, 3), data, LocalBudget(1, None, 4), SETTINGS, round_index=1)
     assert set(again.examples.tolist()) != set(job.examples.tolist())
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9))
-def test_packs_hold_each_client_once_and_depend_on_the_cohort_alone(sizes, max_clients):
+def test_packs_hold_each_client_once_and_depend_on_the_cohort_alone(sizes, num_packs):
     from fedsim.training.packs import ClientJob
 
-    jobs = [ClientJob(k, np.arange(size), size, 1, None, size) for k, size in enumerate(sizes)]
-    packs = pack_cohort(jobs, max_clients)
+    jobs = [ClientJob(k, np.arange(size), size, 1, None, size, SETTINGS) for k, size in enumerate(sizes)]
+    packs = pack_cohort(jobs, num_packs)
     assert sorted(job.client_id for pack in packs for job in pack.jobs) == list(range(len(sizes)))
-    assert max(len(pack.jobs) for pack in packs) <= max_clients
+    assert len(packs) == min(num_packs, len(sizes))
+    assert max(pack.cost_tokens for pack in packs) - min(pack.cost_tokens for pack in packs) <= max(sizes)
     assert [pack.index for pack in packs] == list(range(len(packs)))
-    shuffled = pack_cohort(jobs[::-1], max_clients)
+    shuffled = pack_cohort(jobs[::-1], num_packs)
     assert [[job.client_id for job in pack.jobs] for pack in shuffled] == [
         [job.client_id for job in pack.jobs] for pack in packs
     ]

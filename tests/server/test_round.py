@@ -11,16 +11,20 @@ from fedsim.data.lengths import length_classes
 from fedsim.data.partition import Partition
 from fedsim.evaluation.clients import CommonTest
 from fedsim.evaluation.losses import LossEvaluator
+from fedsim.evaluation.scorers import PackedScorer, PaddedScorer, Scorer
 from fedsim.lora.initial import initial_adapter
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.models.adapted import AdaptedModel
+from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import Run, measure_global, run_round
+from fedsim.training.packed import PackedTrainer
 from fedsim.training.sequential import SequentialTrainer
 from fedsim.training.settings import LocalSettings, OptimizerSettings
+from fedsim.training.trainer import Trainer
 from tests.helpers import make_store, random_texts, run_ranks, tiny_opt
 
 NUM_CLIENTS = 5
@@ -41,21 +45,46 @@ def make_data() -> FederatedData:
     return FederatedData(train, test, classes, test_classes, edges, partition, "made up", "made up")
 
 
-def make_run(group: Group, strategy: str = "fedavg", size: int = 4, max_pack_clients: int = 1) -> Run:
+def make_run(
+    group: Group, strategy: str = "fedavg", size: int = 4, num_packs: int = 4, packed: bool = True
+) -> Run:
     data = make_data()
     base = tiny_opt()
-    model = AdaptedModel(base, find_targets(base, ["q_proj", "v_proj"]), torch.device("cpu"))
-    settings = LocalSettings(
-        batch_size=3, accumulation=1, max_grad_norm=1.0, optimizer=OptimizerSettings(lr=1e-2), schedule="linear",
-        warmup_steps=0, lora_dropout=0.2, base_dropout=False, seed=1,
-    )  # fmt: skip
-    test = LossEvaluator(model, data.test, data.test_classes, 3, np.arange(24), pad_id=1, batch_tokens=40)
+    targets = find_targets(base, ["q_proj", "v_proj"])
+    trainer: Trainer
+    scorer: Scorer
+    if packed:
+        stacked = StackedModel(base, targets, torch.device("cpu"))
+        trainer, scorer = PackedTrainer(stacked, data.train, 2, 60, False, group.rank), PackedScorer(stacked)
+    else:
+        model = AdaptedModel(base, targets, torch.device("cpu"))
+        trainer, scorer = SequentialTrainer(model, data.train, 1, False, group.rank), PaddedScorer(model, 1)
+    test = LossEvaluator(scorer, data.test, data.test_classes, 3, np.arange(24), batch_tokens=40)
     return Run(
-        group=group, data=data, strategy=build_strategy(strategy, "examples"),
-        trainer=SequentialTrainer(model, data.train, 1, settings, group.rank), global_test=test,
-        client_test=CommonTest(test), cohort=CohortPolicy(NUM_CLIENTS, size), budget=LocalBudget(1, None, 3),
-        max_pack_clients=max_pack_clients, rounds=3, evaluate_every=1, seed=1,
-    )  # fmt: skip
+        group=group,
+        data=data,
+        strategy=build_strategy(strategy, "examples"),
+        trainer=trainer,
+        global_test=test,
+        client_test=CommonTest(test),
+        cohort=CohortPolicy(NUM_CLIENTS, size),
+        budget=LocalBudget(1, None, 3),
+        local=LocalSettings(
+            batch_size=3,
+            accumulation=1,
+            max_grad_norm=1.0,
+            optimizer=OptimizerSettings(lr=1e-2),
+            schedule="linear",
+            warmup_steps=0,
+            lora_dropout=0.2,
+            base_dropout=False,
+            seed=1,
+        ),
+        num_packs=num_packs,
+        rounds=3,
+        evaluate_every=1,
+        seed=1,
+    )
 
 
 def start_state() -> ServerState:
@@ -63,9 +92,11 @@ def start_state() -> ServerState:
     return ServerState(0, initial_adapter(targets, 2, 16.0, False, 1))
 
 
-def three_rounds(group: Group, strategy: str = "fedavg", max_pack_clients: int = 1) -> dict[str, list]:
+def three_rounds(
+    group: Group, strategy: str = "fedavg", num_packs: int = 2, packed: bool = True
+) -> dict[str, list]:
     """Everything that must not depend on the number of processes, as exact bytes."""
-    run = make_run(group, strategy, max_pack_clients=max_pack_clients)
+    run = make_run(group, strategy, num_packs=num_packs, packed=packed)
     state = start_state()
     figures = []
     for _ in range(3):
@@ -88,23 +119,33 @@ def three_rounds(group: Group, strategy: str = "fedavg", max_pack_clients: int =
     return {"figures": figures, "bits": [bits]}
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "sequential"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_bits_do_not_depend_on_the_number_of_processes(world_size, tmp_path):
-    alone = three_rounds(SoloGroup())
-    for result in run_ranks(three_rounds, world_size, tmp_path):
+def test_the_bits_do_not_depend_on_the_number_of_processes(world_size, packed, tmp_path):
+    """Packs of two clients with dropout, refilled slots and a token budget that cuts their steps."""
+    alone = three_rounds(SoloGroup(), packed=packed)
+    for result in run_ranks(three_rounds, world_size, tmp_path, "fedavg", 2, packed):
         assert result == alone
 
 
 def test_more_ranks_than_clients_and_the_local_baseline(tmp_path):
-    """Two packs of at most three clients on four ranks; the state holds one adapter for each client."""
-    alone = three_rounds(SoloGroup(), "local", 3)
+    """Two packs of two clients on four ranks; the state holds one adapter for each client."""
+    alone = three_rounds(SoloGroup(), "local", 2)
     assert len(alone["bits"][0]) == 4 * (1 + NUM_CLIENTS)
-    for result in run_ranks(three_rounds, 4, tmp_path, "local", 3):
+    for result in run_ranks(three_rounds, 4, tmp_path, "local", 2):
         assert result == alone
 
 
-def test_packs_do_not_change_what_clients_learn():
-    assert three_rounds(SoloGroup(), max_pack_clients=4)["bits"] == three_rounds(SoloGroup())["bits"]
+def test_sequential_packs_do_not_change_what_clients_learn():
+    one, four = (three_rounds(SoloGroup(), num_packs=packs, packed=False)["bits"] for packs in (1, 4))
+    assert one == four
+
+
+def test_packed_and_sequential_rounds_agree_to_rounding():
+    packed, sequential = (three_rounds(SoloGroup(), packed=flag) for flag in (True, False))
+    for mine, theirs in zip(packed["figures"][::2], sequential["figures"][::2], strict=True):
+        for key in ("test/loss", "train/loss", "fairness/test_loss_mean", "test/loss_length_class_1"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
 def test_a_round_lowers_the_training_loss_and_reports_itself():

@@ -1,5 +1,6 @@
 """The reference trainer against plain PEFT and torch.optim."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,11 +55,16 @@ def random_start(targets: dict[str, tuple[int, int]], dtype: torch.dtype, rank: 
 
 
 def job(
-    client_id: int, examples: list[int], store: Any, epochs: int | None = 2, steps: int | None = None
+    client_id: int,
+    examples: list[int],
+    store: Any,
+    local: LocalSettings | None = None,
+    epochs: int | None = 2,
+    steps: int | None = None,
 ) -> ClientJob:
     indices = np.asarray(examples, dtype=np.int64)
     tokens = int(store.num_label_tokens[indices].sum())
-    return ClientJob(client_id, indices, tokens, epochs, steps, tokens)
+    return ClientJob(client_id, indices, tokens, epochs, steps, tokens, local or settings())
 
 
 def train_with_peft(
@@ -151,11 +157,11 @@ def test_one_client_equals_plain_peft(changes, budget, shape, dtype, tolerance, 
     base = tiny_opt(dtype, **shape)
     targets = find_targets(base, TARGETS)
     start = random_start(targets, dtype)
-    client = job(4, list(range(3, 14)), store, **budget)
+    client = job(4, list(range(3, 14)), store, local, **budget)
 
     expected, losses = train_with_peft(tiny_opt(dtype, **shape), start, client, store, local, tmp_path)
     model = AdaptedModel(base, targets, torch.device("cpu"))
-    [update] = SequentialTrainer(model, store, PAD, local, 0).train(Pack(0, (client,)), [start], 1)
+    [update] = SequentialTrainer(model, store, PAD, False, 0).train(Pack(0, (client,)), [start], 1)
 
     assert update.report.steps == len(losses)
     assert update.report.train_loss_first == pytest.approx(losses[0], abs=tolerance)
@@ -173,8 +179,9 @@ def train_all(
     base = tiny_opt()
     targets = find_targets(base, TARGETS)
     start = random_start(targets, torch.float32)
-    trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, local, 0)
-    updates = trainer.train(Pack(0, tuple(clients)), [start] * len(clients), round_index)
+    trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, False, 0)
+    pack = Pack(0, tuple(replace(client, settings=local) for client in clients))
+    updates = trainer.train(pack, [start] * len(clients), round_index)
     return {update.report.client_id: update.adapter for update in updates}
 
 
@@ -219,7 +226,7 @@ def test_the_start_is_not_written_to():
     targets = find_targets(base, TARGETS)
     start = random_start(targets, torch.float32)
     copy = start.map(torch.clone)
-    trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, settings(), 0)
+    trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, False, 0)
     trainer.train(Pack(0, (job(0, [0, 1, 2], store),)), [start], 0)
     assert start.equal(copy)
 

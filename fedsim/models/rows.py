@@ -1,0 +1,105 @@
+"""Adapters of several clients in one buffer of rank rows.
+
+A rank row holds, for every adapted module, one row of A and one column of B. A client of LoRA rank r is r rows that lie
+together; parameters, gradients and optimizer state are buffers of one shape, so the optimizer's arithmetic runs on all
+clients at once.
+
+Letters: R = rank rows of all slots, W = width of a row = sum over modules of (in + out), i / o = in / out features.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fedsim.lora.factors import AdapterState, LoraFactors
+
+
+class RankRows:
+    """Parameters and gradients of a number of slots, each holding one client's adapter at a time.
+
+    Args:
+        targets: dotted module path -> (i, o), in model order.
+        capacities: rank rows of each slot: the largest LoRA rank it will ever hold. A client of lower rank leaves the
+            rest at 0, where they stay: rows of A and columns of B that are 0 have no gradient.
+        dtype: of all buffers.
+        device: of all buffers.
+
+    Attributes:
+        values: (R, W).
+        gradients: (R, W).
+        slot_of_row: (R,) int64.
+        row_ranges: first row and end of each slot.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, tuple[int, int]],
+        capacities: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.targets = dict(targets)
+        ends = torch.tensor(capacities).cumsum(0).tolist()
+        self.row_ranges = tuple((end - capacity, end) for end, capacity in zip(ends, capacities, strict=True))
+        self.slot_of_row = torch.repeat_interleave(
+            torch.arange(len(capacities)), torch.tensor(capacities)
+        ).to(device)
+        self._columns: dict[str, tuple[slice, slice]] = {}
+        width = 0
+        for module, (in_features, out_features) in targets.items():
+            middle, end = width + in_features, width + in_features + out_features
+            self._columns[module] = (slice(width, middle), slice(middle, end))
+            width = end
+        self.values = torch.zeros(ends[-1], width, dtype=dtype, device=device)
+        self.gradients = torch.zeros_like(self.values)
+        self._scalings: list[dict[str, float]] = [{} for _ in capacities]
+        self._shapes: list[dict[str, int]] = [{} for _ in capacities]
+
+    def parameters(self, module: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (R, i) and B transposed (R, o) of all slots: leaves that share `values` and collect into `gradients`."""
+        leaves = []
+        for columns in self._columns[module]:
+            leaf = nn.Parameter(self.values[:, columns])
+            leaf.grad = self.gradients[:, columns]
+            leaves.append(leaf)
+        return leaves[0], leaves[1]
+
+    def load(self, slot: int, adapter: AdapterState) -> None:
+        """Put a client's adapter into a slot; its gradient becomes 0."""
+        self.clear(slot)
+        first, _ = self.row_ranges[slot]
+        with torch.no_grad():
+            for module, factors in adapter.items():
+                rows = slice(first, first + factors.rank)
+                down, up = self._columns[module]
+                self.values[rows, down] = factors.A.to(self.values)
+                self.values[rows, up] = factors.B.T.to(self.values)
+                self._scalings[slot][module] = factors.scaling
+                self._shapes[slot][module] = factors.rank
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot: its rows become 0."""
+        rows = slice(*self.row_ranges[slot])
+        self.values[rows] = 0
+        self.gradients[rows] = 0
+        self._scalings[slot] = {}
+        self._shapes[slot] = {}
+
+    def read(self, slot: int) -> AdapterState:
+        """A copy of the adapter in a slot."""
+        first, _ = self.row_ranges[slot]
+        modules = {}
+        for module, rank in self._shapes[slot].items():
+            rows = slice(first, first + rank)
+            down, up = self._columns[module]
+            modules[module] = LoraFactors(
+                self.values[rows, down].clone(),
+                self.values[rows, up].T.clone(memory_format=torch.contiguous_format),
+                self._scalings[slot][module],
+            )
+        return AdapterState(modules)
+
+    def scaling(self, slot: int, module: str) -> float:
+        """Scaling of a module in a slot; 0 in an empty slot."""
+        return self._scalings[slot].get(module, 0.0)

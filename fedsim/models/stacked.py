@@ -1,0 +1,310 @@
+"""The frozen base with the adapters of several clients on it, for packed rows of tokens.
+
+Letters: T = tokens of a packed row, R = rank rows of all slots, i / o = in / out features, n = label tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.errors import AdapterError, ModelError
+from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout
+from fedsim.models.head import Head, frozen_cross_entropy, make_head
+from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
+from fedsim.models.rows import RankRows
+
+DENSE_SHARE = 4
+"""One dense product over all rank rows pays while they are at most 1 / DENSE_SHARE of a module's width."""
+
+DENSE_ROWS_AT_LEAST = 32
+"""Fewer rows than this never pay for being cut up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Tokens and rank rows of neighbouring slots, multiplied in one product.
+
+    Attributes:
+        tokens: their tokens.
+        rows: their rank rows.
+        gate: (tokens, rows) scaling where token and row belong to one client, else 0; a number for a single client.
+    """
+
+    tokens: slice
+    rows: slice
+    gate: Tensor | float
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What the adapted modules need to know about the packed row they are given.
+
+    Attributes:
+        tiles: for each module.
+        dropout: (T,) keys of the tokens and the probability, or None.
+    """
+
+    tiles: Mapping[str, tuple[Tile, ...]]
+    dropout: tuple[Tensor, float] | None = None
+
+
+class StackedLinear(nn.Module):
+    """A frozen linear module plus, for each token, the adapter of the client it belongs to."""
+
+    def __init__(
+        self, base: nn.Module, path: str, index: int, in_features: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.path = path
+        self.features = feature_keys(index, in_features).to(device)
+        self.leaves: tuple[nn.Parameter, nn.Parameter] | None = None
+        self.plan: StepPlan | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, T, i) -> (1, T, o)."""
+        y: Tensor = self.base(x)
+        if self.plan is None or self.leaves is None:
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        adapted: Tensor = _RankRowProduct.apply(  # type: ignore[no-untyped-call]
+            rows,
+            y.reshape(-1, y.shape[-1]),
+            *self.leaves,
+            self.plan.tiles[self.path],
+            self.plan.dropout,
+            self.features,
+        )
+        return adapted.view(y.shape)
+
+
+class _RankRowProduct(torch.autograd.Function):
+    """y + gate * (dropout(x) A^T) B for all clients; gradients of A and B are added into their buffers directly.
+
+    Two products forward and four backward, whatever the number of clients in a tile.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        down: Tensor,
+        up: Tensor,
+        tiles: tuple[Tile, ...],
+        dropout: tuple[Tensor, float] | None,
+        features: Tensor,
+    ) -> Tensor:
+        kept = x if dropout is None else x * keep_mask(dropout[0], features, dropout[1], x.dtype)
+        a, b = down.to(x.dtype), up.to(x.dtype)
+        hidden = [(kept[tile.tokens] @ a[tile.rows].T).mul_(tile.gate) for tile in tiles]
+        outputs = [
+            torch.addmm(y[tile.tokens], part, b[tile.rows]) for tile, part in zip(tiles, hidden, strict=True)
+        ]
+        ctx.save_for_backward(kept, *hidden)
+        ctx.leaves = (down, up)
+        ctx.rest = (tiles, dropout, features)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept, *hidden = ctx.saved_tensors
+        down, up = ctx.leaves
+        tiles, dropout, features = ctx.rest
+        (gradient,) = gradients
+        a, b = down.to(kept.dtype), up.to(kept.dtype)
+        inputs = []
+        for tile, part in zip(tiles, hidden, strict=True):
+            outer = gradient[tile.tokens]
+            inner = (outer @ b[tile.rows].T).mul_(tile.gate)
+            _add_product(down.grad[tile.rows], inner.T, kept[tile.tokens])
+            _add_product(up.grad[tile.rows], part.T, outer)
+            if ctx.needs_input_grad[0]:
+                inputs.append(inner @ a[tile.rows])
+        to_x = None
+        if inputs:
+            to_x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+            if dropout is not None:
+                to_x = to_x.mul_(keep_mask(dropout[0], features, dropout[1], to_x.dtype))
+        return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, None, None, None
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left @ right, in the dtype of `into`."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    else:
+        into.add_(left @ right)
+
+
+class StackedModel:
+    """A frozen causal language model that trains or measures several clients' adapters on packed rows.
+
+    Args:
+        model: the base; its target modules are replaced in place and its attention is switched to packed rows.
+        targets: dotted module path -> (i, o), in model order.
+        device: where the base lives.
+        head: the output head; None to use the model's own linear module.
+
+    Raises:
+        ModelError: the model has no body and head that could be run apart.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, tuple[int, int]],
+        device: torch.device,
+        head: Head | None = None,
+    ) -> None:
+        model.requires_grad_(False)
+        model.eval()
+        untyped: Any = model
+        self.model = untyped
+        self.targets = dict(targets)
+        self.device = device
+        self._own_attention: str = untyped.config._attn_implementation
+        self.dtype: torch.dtype = untyped.dtype
+        self.head = head or _plain_head(untyped)
+        self._linears: dict[str, StackedLinear] = {}
+        for index, (path, (in_features, _)) in enumerate(targets.items()):
+            linear = StackedLinear(model.get_submodule(path), path, index, in_features, device)
+            _set_module(model, path, linear)
+            self._linears[path] = linear
+        register_packed_attention()
+        self.model.set_attn_implementation(ATTENTION)
+        if self.model.config._attn_implementation != ATTENTION:
+            raise ModelError("the model does not let its attention be replaced")
+
+    def unwrap(self) -> None:
+        """Give the model back as it was."""
+        for path, linear in self._linears.items():
+            _set_module(self.model, path, linear.base)
+        self._linears = {}
+        self.model.set_attn_implementation(self._own_attention)
+
+    def attach(self, rows: RankRows | None) -> None:
+        """Use the adapters in `rows` from now on; None for the plain base."""
+        for path, linear in self._linears.items():
+            linear.leaves = None if rows is None else rows.parameters(path)
+
+    @contextmanager
+    def planned(self, plan: StepPlan | None) -> Iterator[None]:
+        """Give the adapted modules their plan within the block."""
+        for linear in self._linears.values():
+            linear.plan = plan
+        try:
+            yield
+        finally:
+            for linear in self._linears.values():
+                linear.plan = None
+
+    def label_losses(
+        self, packed: PackedTokens, weights: Tensor | None = None, base_dropout: Tensor | None = None
+    ) -> Tensor:
+        """(n,) loss of each label token, times its weight if weights are given.
+
+        Args:
+            packed: the row.
+            weights: (n,), which also asks for gradients.
+            base_dropout: (T,) int32 keys of the tokens where the base trains with its own dropout.
+        """
+        with ExitStack() as undo:
+            if base_dropout is not None:
+                self.model.train()
+                undo.callback(self.model.eval)
+                undo.enter_context(keyed_base_dropout(base_dropout))
+            states = self.body(packed.input_ids, packed.position_ids, **{LAYOUT_ARGUMENT: packed.layout})
+        hidden = states[0].index_select(0, packed.label_rows)
+        return frozen_cross_entropy(hidden, self.head, packed.label_targets, weights)
+
+    def body(self, input_ids: Tensor, position_ids: Tensor, **arguments: object) -> Tensor:
+        """(1, T, width) last hidden states, before the output head.
+
+        Args:
+            input_ids: (1, T).
+            position_ids: (1, T).
+            arguments: further keywords for the model's body.
+        """
+        untyped: Any = self.model
+        states: Tensor = untyped.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments
+        ).last_hidden_state
+        return states
+
+
+def plan_tiles(
+    rows: RankRows, packed: PackedTokens, slots: Sequence[int], dtype: torch.dtype
+) -> dict[str, tuple[Tile, ...]]:
+    """How each module multiplies a packed row with the rank rows: in one product, or tile by tile.
+
+    Args:
+        rows: the adapters.
+        packed: the row; its k-th part belongs to the client in `slots[k]`.
+        slots: ascending.
+        dtype: of the base's activations.
+    """
+    widest = max(DENSE_ROWS_AT_LEAST, min(i for i, _ in rows.targets.values()) // DENSE_SHARE)
+    groups: list[list[int]] = []
+    for part, slot in enumerate(slots):
+        first = slots[groups[-1][0]] if groups else slot
+        if groups and rows.row_ranges[slot][1] - rows.row_ranges[first][0] <= widest:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    tiles: dict[tuple[float, ...], tuple[Tile, ...]] = {}
+    planned = {}
+    for module in rows.targets:
+        scalings = tuple(rows.scaling(slot, module) for slot in slots)
+        if scalings not in tiles:
+            tiles[scalings] = tuple(_tile(rows, packed, slots, group, scalings, dtype) for group in groups)
+        planned[module] = tiles[scalings]
+    return planned
+
+
+def _tile(
+    rows: RankRows,
+    packed: PackedTokens,
+    slots: Sequence[int],
+    group: Sequence[int],
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+) -> Tile:
+    tokens = slice(packed.token_ranges[group[0]][0], packed.token_ranges[group[-1]][1])
+    rank_rows = slice(rows.row_ranges[slots[group[0]]][0], rows.row_ranges[slots[group[-1]]][1])
+    if len(group) == 1:
+        return Tile(tokens, rank_rows, scalings[group[0]])
+    device = packed.owner_of_token.device
+    owner = packed.owner_of_token[tokens]
+    slot_of_part = torch.tensor(slots, device=device)
+    belongs = slot_of_part[owner][:, None] == rows.slot_of_row[rank_rows][None, :]
+    scaling = torch.tensor(scalings, dtype=dtype, device=device)[owner]
+    return Tile(tokens, rank_rows, belongs.to(dtype).mul_(scaling[:, None]))
+
+
+def _plain_head(model: Any) -> Head:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or model.base_model is model:
+        raise ModelError("the model must have a body and a linear output head")
+    return make_head(head)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def check_same_modules(adapter: Mapping[str, object], targets: Mapping[str, object]) -> None:
+    """Check that an adapter holds the target modules, in their order.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    if list(adapter) != list(targets):
+        raise AdapterError(
+            f"the adapter must hold the {len(targets)} target modules of the base in order, got {len(adapter)} modules"
+        )

@@ -1,0 +1,326 @@
+"""The packed trainer: many clients go through the frozen base together.
+
+The clients of a pack are worked off by a number of slots. In each step the micro-batches of all clients that hold a
+slot lie in one row of tokens without padding; each token meets its own client's adapter, each client has its own loss,
+gradient, clipping, schedule and optimizer state. A client ends where it would have ended alone, to rounding.
+
+Letters: S = slots, T = tokens of a packed row, n = label tokens in it.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.data.tokens import TokenStore
+from fedsim.errors import TrainingError
+from fedsim.lora.factors import AdapterState
+from fedsim.lora.updates import ClientUpdate
+from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
+from fedsim.models.dropout import token_keys
+from fedsim.models.packing import pack_tokens
+from fedsim.models.rows import RankRows
+from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_tiles
+from fedsim.training.packs import ClientJob, Pack
+from fedsim.training.reports import check_finite, client_report
+from fedsim.training.row_optimizers import RowOptimizer, SlotStep
+from fedsim.training.settings import lr_factor
+from fedsim.training.slots import plan_slots
+
+logger = logging.getLogger(__name__)
+
+Ints = NDArray[np.int64]
+
+
+@dataclass
+class _Runner:
+    """A client in its slot."""
+
+    slot: int
+    position: int
+    job: ClientJob
+    start: AdapterState
+    steps: list[list[Ints]]
+    losses: list[float] = field(default_factory=list)
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    problem: str | None = None
+
+    @property
+    def step(self) -> int:
+        """The local step it is about to take."""
+        return len(self.losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some micro-batches of one client's step, in one packed row.
+
+    Attributes:
+        runner: the client.
+        examples: of each micro-batch.
+        first_micro_batch: index of the first of them within the step.
+    """
+
+    runner: _Runner
+    examples: tuple[Ints, ...]
+    first_micro_batch: int
+
+
+class PackedTrainer:
+    """Trains the clients of a pack together.
+
+    Args:
+        model: the base with adapter slots for several clients.
+        store: training examples.
+        max_slots: clients that train at the same time.
+        max_tokens: tokens of a packed row; a step with more is cut into several rows, a larger micro-batch stays whole.
+        drop_not_finite: leave out, with a warning, a client whose loss or adapter is not finite, instead of failing.
+        process_rank: written into the reports.
+    """
+
+    def __init__(
+        self,
+        model: StackedModel,
+        store: TokenStore,
+        max_slots: int,
+        max_tokens: int,
+        drop_not_finite: bool,
+        process_rank: int,
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.max_slots = max_slots
+        self.max_tokens = max_tokens
+        self.drop_not_finite = drop_not_finite
+        self.process_rank = process_rank
+        self._padded_rows = 0
+        self._tokens = 0
+
+    def train(self, pack: Pack, starts: Sequence[AdapterState], round_index: int) -> list[ClientUpdate]:
+        """See `Trainer.train`. Clients that were left out are missing from the result."""
+        schedules = [job.batches(round_index) for job in pack.jobs]
+        plan = plan_slots([len(steps) for steps in schedules], self.max_slots)
+        ranks = [max(factors.rank for factors in start.values()) for start in starts]
+        dtype = next(iter(starts[0].values())).A.dtype
+        capacities = [max(ranks[client] for client in queue) for queue in plan.queues]
+        rows = RankRows(self.model.targets, capacities, dtype, self.model.device)
+        optimizer = RowOptimizer(rows)
+        self.model.attach(rows)
+        self._padded_rows = self._tokens = 0
+        waiting = [list(queue) for queue in plan.queues]
+        active: dict[int, _Runner] = {}
+        finished: dict[int, ClientUpdate] = {}
+        try:
+            for _ in range(plan.num_steps):
+                for slot in range(len(waiting)):
+                    if slot not in active and waiting[slot]:
+                        position = waiting[slot].pop(0)
+                        check_same_modules(starts[position], self.model.targets)
+                        rows.load(slot, starts[position])
+                        optimizer.forget(slot)
+                        active[slot] = _Runner(
+                            slot, position, pack.jobs[position], starts[position], schedules[position]
+                        )
+                self._step(rows, optimizer, [active[slot] for slot in sorted(active)], round_index)
+                for slot in sorted(active):
+                    runner = active[slot]
+                    if runner.step == len(runner.steps):
+                        update = self._finish(rows, runner, pack.index, round_index)
+                        if update is not None:
+                            finished[runner.position] = update
+                        rows.clear(slot)
+                        del active[slot]
+        finally:
+            self.model.attach(None)
+        padding = self._padded_rows / max(1, self._tokens) - 1.0
+        return [
+            replace(
+                update,
+                report=replace(update.report, pack_occupancy=plan.occupancy, pack_padding=padding),
+            )
+            for _, update in sorted(finished.items())
+        ]
+
+    def _step(
+        self, rows: RankRows, optimizer: RowOptimizer, runners: Sequence[_Runner], round_index: int
+    ) -> None:
+        """One optimizer step of every client that holds a slot."""
+        began = time.perf_counter()
+        healthy = [runner for runner in runners if runner.problem is None]
+        losses = self._gradients(rows, healthy, round_index) if healthy else []
+        if healthy and not (np.isfinite(losses).all() and bool(torch.isfinite(rows.gradients).all())):
+            healthy, losses = self._gradients_one_by_one(rows, healthy, round_index)
+        if healthy:
+            optimizer.step(
+                [
+                    SlotStep(
+                        slot=runner.slot,
+                        settings=runner.job.settings.optimizer,
+                        lr=runner.job.settings.optimizer.lr
+                        * lr_factor(
+                            runner.step,
+                            len(runner.steps),
+                            runner.job.settings.schedule,
+                            runner.job.settings.warmup_steps,
+                        ),
+                        step=runner.step,
+                        max_grad_norm=runner.job.settings.max_grad_norm,
+                    )
+                    for runner in healthy
+                ]
+            )
+        share = (time.perf_counter() - began) / len(runners)
+        for runner, loss in zip(healthy, losses, strict=True):
+            runner.trained_tokens += self._num_targets(runner)
+            runner.losses.append(loss)
+        for runner in runners:
+            runner.seconds += share
+            if runner.problem is not None:
+                runner.losses.append(float("nan"))  # its slot stays taken, so that nobody else's step changes
+
+    def _gradients_one_by_one(
+        self, rows: RankRows, runners: Sequence[_Runner], round_index: int
+    ) -> tuple[list[_Runner], list[float]]:
+        """As `_gradients`, after something was not finite: find out whose it is and leave it out.
+
+        A value that is not finite spreads to everybody in a joint product (0 times infinity is not a number), so each
+        client is computed by itself.
+        """
+        rows.gradients.zero_()
+        healthy, losses = [], []
+        for runner in runners:
+            [loss] = self._gradients(rows, [runner], round_index)
+            own = slice(*rows.row_ranges[runner.slot])
+            try:
+                check_finite([*runner.losses, loss], None, runner.job.client_id, round_index)
+                if not bool(torch.isfinite(rows.gradients[own]).all()):
+                    raise TrainingError(
+                        f"the gradient of client {runner.job.client_id} must stay finite at local step "
+                        f"{runner.step} of round {round_index}"
+                    )
+            except TrainingError as error:
+                self._leave_out(runner, error)
+                rows.clear(runner.slot)
+            else:
+                healthy.append(runner)
+                losses.append(loss)
+        return healthy, losses
+
+    def _leave_out(self, runner: _Runner, error: TrainingError) -> None:
+        if not self.drop_not_finite:
+            raise error
+        runner.problem = str(error)
+        logger.warning("dropped a client: %s", error)
+
+    def _gradients(self, rows: RankRows, runners: Sequence[_Runner], round_index: int) -> list[float]:
+        """Add each client's gradient of its mean loss over the label tokens of its step.
+
+        Returns:
+            These losses, in the order of `runners`.
+        """
+        place = {id(runner): index for index, runner in enumerate(runners)}
+        totals = torch.zeros(len(runners), dtype=torch.float64, device=self.model.device)
+        for parts in self._passes(runners):
+            packed = pack_tokens(
+                self.store, [np.concatenate(part.examples) for part in parts], self.model.device
+            )
+            self._padded_rows += packed.layout.num_padded_rows
+            self._tokens += packed.input_ids.numel()
+            share = torch.tensor(
+                [1.0 / self._num_targets(part.runner) for part in parts],
+                dtype=torch.float64,
+                device=self.model.device,
+            )
+            weights = share[packed.owner_of_label].to(rows.values.dtype)
+            plan = StepPlan(
+                plan_tiles(rows, packed, [part.runner.slot for part in parts], self.model.dtype),
+                self._lora_dropout(parts, round_index),
+            )
+            with self.model.planned(plan):
+                losses = self.model.label_losses(packed, weights, self._base_dropout(parts, round_index))
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+            owner = torch.tensor([place[id(part.runner)] for part in parts], device=self.model.device)
+            totals.index_add_(0, owner[packed.owner_of_label], losses.detach().double())
+        values: list[float] = totals.tolist()
+        return values
+
+    def _passes(self, runners: Sequence[_Runner]) -> list[list[_Part]]:
+        """Cut the micro-batches of a step into packed rows within the token budget, in slot order."""
+        passes: list[list[_Part]] = [[]]
+        tokens = 0
+        for runner in runners:
+            for index, examples in enumerate(runner.steps[runner.step]):
+                num_tokens = int(self.store.num_tokens[examples].sum())
+                if passes[-1] and tokens + num_tokens > self.max_tokens:
+                    passes.append([])
+                    tokens = 0
+                tokens += num_tokens
+                current = passes[-1]
+                if current and current[-1].runner is runner:
+                    last = current.pop()
+                    current.append(_Part(runner, (*last.examples, examples), last.first_micro_batch))
+                else:
+                    current.append(_Part(runner, (examples,), index))
+        return passes
+
+    def _num_targets(self, runner: _Runner) -> int:
+        """Label tokens of the client's current step, all its micro-batches together."""
+        if runner.step >= len(runner.steps):
+            return 0
+        return int(self.store.num_label_tokens[np.concatenate(runner.steps[runner.step])].sum())
+
+    def _lora_dropout(self, parts: Sequence[_Part], round_index: int) -> tuple[Tensor, float] | None:
+        probabilities = {part.runner.job.settings.lora_dropout for part in parts}
+        assert len(probabilities) == 1, "the clients of a pack share one dropout probability"
+        (probability,) = probabilities
+        if probability == 0:
+            return None
+        return self._keys(LORA_DROPOUT, parts, round_index), probability
+
+    def _base_dropout(self, parts: Sequence[_Part], round_index: int) -> Tensor | None:
+        if not parts[0].runner.job.settings.base_dropout:
+            return None
+        return self._keys(BASE_DROPOUT, parts, round_index)
+
+    def _keys(self, purpose: str, parts: Sequence[_Part], round_index: int) -> Tensor:
+        """(T,) dropout keys: each micro-batch has its own, whatever row it lies in."""
+        keys = [
+            token_keys(
+                part.runner.job.settings.seed,
+                purpose,
+                (round_index, part.runner.job.client_id, part.runner.step, part.first_micro_batch + index),
+                int(self.store.num_tokens[examples].sum()),
+            )
+            for part in parts
+            for index, examples in enumerate(part.examples)
+        ]
+        return torch.from_numpy(np.concatenate(keys)).to(self.model.device)
+
+    def _finish(
+        self, rows: RankRows, runner: _Runner, pack_index: int, round_index: int
+    ) -> ClientUpdate | None:
+        if runner.problem is not None:
+            return None
+        adapter = rows.read(runner.slot)
+        try:
+            check_finite(runner.losses, adapter, runner.job.client_id, round_index)
+        except TrainingError as error:
+            self._leave_out(runner, error)
+            return None
+        report = client_report(
+            runner.job,
+            runner.start,
+            adapter,
+            runner.losses,
+            runner.trained_tokens,
+            pack_index,
+            self.process_rank,
+            runner.seconds,
+        )
+        return ClientUpdate(report, adapter)
