@@ -7,6 +7,7 @@ lists the folder can skip them.
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -66,6 +67,23 @@ def replace_folder(path: Path, build: Callable[[Path], None]) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         _sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what processes that died left half-written in `folder`; for its only writer.
+
+    Raises:
+        RunFolderError: something cannot be deleted.
+    """
+    if not folder.is_dir():
+        return
+    with _as_run_folder_error(folder):
+        for path in folder.iterdir():
+            if re.fullmatch(r"\..+-[0-9a-f]{8}", path.name):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
 
 def _move_into_place(folder: Path, path: Path) -> None:

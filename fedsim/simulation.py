@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from fedsim.comm.group import Group
 from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError, ModelError
+from fedsim.errors import FedsimError, ModelError, RunFolderError
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import save_peft_adapter
@@ -108,6 +108,20 @@ class Records:
             and int(found[-1].name.removeprefix("round_")) >= config.run.rounds
         )
 
+    def check_same_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Check that a run that is resumed still has the data and the base it began with.
+
+        Raises:
+            RunFolderError: a file, the tokenizer, or a library behind one of them has changed in between.
+        """
+        before = self.folder.recorded("inputs")
+        changed = [name for name in inputs if before and before.get(name) != inputs[name]]
+        if changed and list_checkpoints(self.checkpoints):
+            raise RunFolderError(
+                f"run folder {self.folder.path} was begun with other inputs ({', '.join(changed)}): what "
+                "data.source or model.name_or_path stands for has changed since; choose another run.name"
+            )
+
     def go_back_to(self, round_index: int) -> None:
         """Drop the records of rounds that a resumed run will repeat."""
         self.metrics.truncate(round_index)
@@ -147,7 +161,7 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
         return description, build_data(config.data, tokenizer, config.run.seed)
 
     description, data = root_first(group, "preparing the data", prepare)
-    same_everywhere(group, "the partition", data.partition.fingerprint)
+    same_everywhere(group, "the data and its partition", data.fingerprint)
     with all_or_none(group, "setting up the adapter"):
         summary = RunSummary(
             description.name,
@@ -165,7 +179,7 @@ def _run_rounds(
     """All rounds that are left, on every rank; `records` is None except on rank 0."""
     group = run.group
     state = _start_state(run, base, summary, records)
-    with _reporting(config, group, summary, records) as (progress, tracker):
+    with _reporting(config, group, base, summary, records) as (progress, tracker):
         payload_mib = pickled_payload_mib(state.adapter)
         run = replace(run, watch=progress)
         initial_loss = None
@@ -226,7 +240,7 @@ def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Record
 
 @contextlib.contextmanager
 def _reporting(
-    config: Config, group: Group, summary: RunSummary, records: Records | None
+    config: Config, group: Group, base: BaseModel, summary: RunSummary, records: Records | None
 ) -> Iterator[tuple[Progress, Tracker]]:
     """Open what shows and mirrors the run, on rank 0; write down how the run ended if it did not finish."""
     progress = build_progress(config.tracking.progress if group.rank == 0 else "off", sys.stderr)
@@ -234,7 +248,9 @@ def _reporting(
     try:
         with all_or_none(group, "starting the records"):
             if records is not None:
-                records.folder.start(describe_environment(group.world_size, sys.argv))
+                inputs = {"data": summary.data.fingerprint, "base": base.fingerprint}
+                records.check_same_inputs(inputs)
+                records.folder.start({**describe_environment(group.world_size, sys.argv), "inputs": inputs})
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
                 write_text_atomic(records.folder.path / "partition.json", partition)
                 tracker = build_tracker(config, records.folder, to_tree(config))

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from fedsim.atomic import replace_file, replace_folder, write_text_atomic
+from fedsim.atomic import remove_unfinished, replace_file, replace_folder, write_text_atomic
 from fedsim.errors import RunFolderError
 
 
@@ -87,3 +87,15 @@ def test_disk_error_while_building_names_the_folder(tmp_path):
     with pytest.raises(RunFolderError, match=r"round_000001 must be writable \(No space left on device\)"):
         replace_folder(tmp_path / "round_000001", failing)
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".adapter-0123abcd").mkdir()
+    (tmp_path / ".adapter-0123abcd" / "file").touch()
+    (tmp_path / ".config.yaml-89abcdef").touch()
+    kept = ["round_000001", ".hidden", "adapter-0123abcd"]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "not there")
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)

@@ -36,6 +36,7 @@ def cross_checks(config: Config) -> None:
             *_model(config.model, config.run),
             *_lora(config.lora),
             *_training(config.training),
+            *_checkpointing(config.training, config.model),
             *_evaluation(config.evaluation, config.data),
             *_comm(config),
         ]
@@ -114,6 +115,18 @@ def _model(model: ModelConfig, run: RunConfig) -> Iterator[str]:
         yield from _unused("model", model, UNUSED_BY_EMBEDDED_MODEL, "when model.name_or_path is embedded")
     if run.device == "cpu" and model.dtype == "float16":
         yield "model.dtype must be float32, bfloat16 or float64 when run.device is cpu, got 'float16'"
+
+
+def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str]:
+    if not training.gradient_checkpointing:
+        return
+    if training.trainer == "sequential":
+        yield "training.gradient_checkpointing must be false with training.trainer=sequential, got true"
+    if model.dropout == "as_config":
+        yield (
+            "training.gradient_checkpointing must be false with model.dropout=as_config, whose masks a second forward "
+            "pass would not repeat, got true"
+        )
 
 
 def _lora(lora: LoraConfig) -> Iterator[str]:

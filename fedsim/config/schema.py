@@ -266,6 +266,9 @@ class TrainingConfig(Node):
         "packed: the clients of a pack go through the base together; sequential: one after another; auto: packed, or "
         "sequential with a warning where the model cannot be packed",
     )
+    gradient_checkpointing: bool = key(
+        False, "packed trainer: compute activations again in the backward pass instead of keeping them"
+    )
     on_not_finite: Literal["fail", "drop"] = key(
         "fail",
         "a client whose loss or adapter is not finite ends the run, or is left out of the round and counted",

@@ -8,7 +8,7 @@ operations, however many clients share the batch, and is the same on every devic
 Letters: T = tokens, i = features of a module's input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -64,7 +64,6 @@ def keyed_base_dropout(tokens: Tensor) -> Iterator[None]:
     Args:
         tokens: (T,) int32 keys of all tokens of the batch, padding included, in the order of the hidden states.
     """
-    original = torch.nn.functional.dropout
     calls = iter(range(10**9))
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, ARG001
@@ -73,6 +72,24 @@ def keyed_base_dropout(tokens: Tensor) -> Iterator[None]:
         features = feature_keys(-1 - next(calls), input.shape[-1]).to(input.device)
         return input * keep_mask(tokens, features, p, input.dtype).view(input.shape)
 
+    with _replaced_dropout(dropout):
+        yield
+
+
+@contextmanager
+def no_base_dropout() -> Iterator[None]:
+    """Let a base that is in training mode drop nothing within the block."""
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, ARG001
+        return input
+
+    with _replaced_dropout(dropout):
+        yield
+
+
+@contextmanager
+def _replaced_dropout(dropout: Callable[..., Tensor]) -> Iterator[None]:
+    original = torch.nn.functional.dropout
     torch.nn.functional.dropout = dropout
     try:
         yield

@@ -162,7 +162,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001
     packed_layout: PackedLayout | None = None,
     **kwargs: Any,  # noqa: ARG001
 ) -> tuple[Tensor, None]:
@@ -175,7 +175,7 @@ def packed_attention(
         value: see `key`.
         attention_mask: not used; the layout says who sees whom.
         scaling: of the scores; None for 1 / sqrt(D).
-        dropout: must be 0; masks inside attention could not be keyed by client.
+        dropout: not used: masks inside attention could not be keyed by client, so such bases are not packed with it.
         packed_layout: of the row.
         kwargs: what else the model passes on.
 
@@ -183,7 +183,6 @@ def packed_attention(
         ((1, T, H, D), None).
     """
     assert packed_layout is not None, "a model that is set up for packed rows was called without a layout"
-    assert dropout == 0.0, "packed attention has no dropout"
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import AdapterError, ModelError
-from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout
+from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, no_base_dropout
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
 from fedsim.models.rows import RankRows
@@ -149,9 +149,10 @@ class StackedModel:
         targets: dotted module path -> (i, o), in model order.
         device: where the base lives.
         head: the output head; None to use the model's own linear module.
+        checkpoint_gradients: keep no activations within a layer and compute them again in the backward pass.
 
     Raises:
-        ModelError: the model has no body and head that could be run apart.
+        ModelError: the model has no body and head that could be run apart, or no gradient checkpointing.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class StackedModel:
         targets: Mapping[str, tuple[int, int]],
         device: torch.device,
         head: Head | None = None,
+        checkpoint_gradients: bool = False,
     ) -> None:
         model.requires_grad_(False)
         model.eval()
@@ -175,6 +177,14 @@ class StackedModel:
             linear = StackedLinear(model.get_submodule(path), path, index, in_features, device)
             _set_module(model, path, linear)
             self._linears[path] = linear
+        self.checkpoint_gradients = checkpoint_gradients
+        if checkpoint_gradients:
+            if not untyped.supports_gradient_checkpointing or vars(untyped.config).get("layerdrop"):
+                raise ModelError("the model has no gradient checkpointing without dropped layers")
+            # not the reentrant kind, which would ask for gradients below the first adapted layer as well
+            _renamed(untyped, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
+                {"use_reentrant": False}
+            )
         register_packed_attention()
         self.model.set_attn_implementation(ATTENTION)
         if self.model.config._attn_implementation != ATTENTION:
@@ -185,6 +195,8 @@ class StackedModel:
         for path, linear in self._linears.items():
             _set_module(self.model, path, linear.base)
         self._linears = {}
+        if self.checkpoint_gradients:
+            _renamed(self.model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         self.model.set_attn_implementation(self._own_attention)
 
     def attach(self, rows: RankRows | None) -> None:
@@ -218,6 +230,11 @@ class StackedModel:
                 self.model.train()
                 undo.callback(self.model.eval)
                 undo.enter_context(keyed_base_dropout(base_dropout))
+            elif self.checkpoint_gradients and weights is not None:
+                # transformers checkpoints in training mode only, which would switch the base's dropout on
+                self.model.train()
+                undo.callback(self.model.eval)
+                undo.enter_context(no_base_dropout())
             states = self.body(packed.input_ids, packed.position_ids, **{LAYOUT_ARGUMENT: packed.layout})
         hidden = states[0].index_select(0, packed.label_rows)
         return frozen_cross_entropy(hidden, self.head, packed.label_targets, weights)
@@ -284,6 +301,11 @@ def _tile(
     belongs = slot_of_part[owner][:, None] == rows.slot_of_row[rank_rows][None, :]
     scaling = torch.tensor(scalings, dtype=dtype, device=device)[owner]
     return Tile(tokens, rank_rows, belongs.to(dtype).mul_(scaling[:, None]))
+
+
+def _renamed(model: Any, name: str, old_name: str) -> Any:
+    """A method of transformers' models under its name since version 5, or the one before."""
+    return getattr(model, name if hasattr(model, name) else old_name)
 
 
 def _plain_head(model: Any) -> Head:

@@ -73,7 +73,9 @@ def _try_packed(
             return None, problem
     alone = alone_logits(base.model, group.device)
     try:
-        stacked = StackedModel(base.model, targets, group.device)
+        stacked = StackedModel(
+            base.model, targets, group.device, checkpoint_gradients=config.training.gradient_checkpointing
+        )
     except ModelError as error:
         return None, str(error)
     problem = packing_problem(stacked, alone, config.data.max_tokens)

@@ -53,6 +53,10 @@ class RunFolder:
         """
         return self._read_run_file().get("status")
 
+    def recorded(self, name: str) -> Any:
+        """What the last `start` was given under this name in `info`; None if there was none."""
+        return self._read_run_file().get(name)
+
     def start(self, info: Mapping[str, Any]) -> None:
         """Write `config.yaml`, and `run.json`: status `running`, the start time, `info` and the configuration.
 

@@ -85,7 +85,10 @@ def test_classes_that_do_not_exist_matter_only_where_they_are_used(
     assert build(str(path), partition={"name": "iid"}).class_edges == ()
     assert any("data.partition.num_length_classes=5" in message for message in caplog.messages)
     for name in ("length_skew", "quantity_skew"):
-        with pytest.raises(DataError, match=r"data.partition.num_length_classes=5 .* at most 1; set it to 1"):
+        with pytest.raises(
+            DataError,
+            match=r"num_length_classes=5 .* at most 1; choose data.partition.name=iid",
+        ):
             build(str(path), partition={"name": name})
 
 

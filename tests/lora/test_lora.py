@@ -91,6 +91,23 @@ def test_communication_cost_of_cllora_table_1(hidden, layers, raw_bytes, mib):
     assert pickled_payload_mib(adapter) == pytest.approx(mib, abs=0.01)
 
 
+def test_communication_cost_does_not_depend_on_where_the_factors_lie_in_memory():
+    adapter = random_adapter()
+    flat = torch.cat([factor.reshape(-1) for pair in adapter.values() for factor in (pair.A, pair.B)])
+    start = 0
+    views = {}
+    for module, pair in adapter.items():
+        middle, end = start + pair.A.numel(), start + pair.num_parameters
+        views[module] = LoraFactors(
+            flat[start:middle].view_as(pair.A), flat[middle:end].view_as(pair.B), pair.scaling
+        )
+        start = end
+    big = torch.zeros(2**22)  # memory from elsewhere, whose addresses have another number of digits
+    elsewhere = adapter.map(lambda factor: big[: factor.numel()].view_as(factor).copy_(factor))
+    sizes = {pickled_payload_mib(copy) for copy in (adapter, AdapterState(views), elsewhere)}
+    assert len(sizes) == 1
+
+
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_peft_format_round_trip(use_rslora, tmp_path):
     adapter = random_adapter(use_rslora=use_rslora)

@@ -43,6 +43,10 @@ def contents(path):
     return {entry.name: entry.read_bytes() for entry in path.iterdir() if entry.is_file()}
 
 
+def add_results(path):
+    (path / "metrics.jsonl").write_text('{"round_index": 0}\n')
+
+
 def test_new_folder_holds_the_configuration(tmp_path):
     with open_folder(tmp_path / "runs" / "a") as folder:
         assert folder.path == tmp_path / "runs" / "a"
@@ -70,6 +74,7 @@ def test_other_configuration_is_refused_and_nothing_is_touched(tmp_path):
     with open_folder(tmp_path) as folder:
         folder.start({})
         folder.finish("finished")
+    add_results(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(RunFolderError) as caught:
         open_folder(
@@ -84,6 +89,24 @@ def test_other_configuration_is_refused_and_nothing_is_touched(tmp_path):
     assert "\n" not in message
     assert contents(tmp_path) == before
     open_folder(tmp_path).close()  # the lock was given back
+
+
+def test_folder_with_results_keeps_its_configuration_until_the_start(tmp_path):
+    open_folder(tmp_path).close()
+    add_results(tmp_path)
+    tree = changed(run__rounds=12)
+    with open_folder(tmp_path, tree) as folder:
+        assert (tmp_path / "config.yaml").read_text() == as_yaml(TREE)
+        (tmp_path / ".metrics.jsonl-0123abcd").write_text("of a process that was killed")
+        folder.start({})
+        assert (tmp_path / "config.yaml").read_text() == as_yaml(tree)
+        assert not (tmp_path / ".metrics.jsonl-0123abcd").exists()
+
+
+def test_folder_without_results_is_taken_over(tmp_path):
+    open_folder(tmp_path).close()
+    open_folder(tmp_path, changed(lora__rank=4)).close()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["lora"]["rank"] == 4
 
 
 def test_folder_of_somebody_else_is_not_touched(tmp_path):
@@ -104,6 +127,7 @@ def test_start_that_was_cut_off_is_taken_up(tmp_path):
 @pytest.mark.parametrize("text", ["{", "- a\n", "", "a: \x00"])
 def test_damaged_configuration_is_one_line(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
+    add_results(tmp_path)
     with pytest.raises(RunFolderError, match=r"config\.yaml must .*delete the run folder") as caught:
         open_folder(tmp_path)
     assert "\n" not in str(caught.value)

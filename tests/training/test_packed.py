@@ -121,7 +121,7 @@ def clients(store: Any, local: tuple[LocalSettings, ...] = DIFFERENT) -> tuple[C
                 3 if by_steps else None,
                 tokens,
                 local[client_id % len(local)],
-            )  # fmt: skip
+            )
         )
     return tuple(jobs)
 
@@ -267,3 +267,17 @@ def test_the_base_is_given_back_as_it_was(store):
     stacked.unwrap()
     assert torch.equal(model(input_ids=ids).logits, before)
     assert not any("StackedLinear" in type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["opt-all", "llama"])
+def test_gradient_checkpointing_changes_nothing(family, store):
+    build, target_modules = FAMILIES[family]
+    starts = starts_for(build(torch.float64), target_modules, torch.float64)
+    jobs = clients(store, tuple(replace(settings, lora_dropout=0.3) for settings in DIFFERENT))
+    kept = train_packed(build(torch.float64), target_modules, jobs, starts, store)
+    model = build(torch.float64)
+    stacked = StackedModel(model, find_targets(model, target_modules), CPU, checkpoint_gradients=True)
+    again = PackedTrainer(stacked, store, 3, 10_000, False, process_rank=0).train(Pack(0, jobs), starts, 1)
+    assert_same(again, kept, 1e-12)
+    assert not model.training
+    stacked.unwrap()
