@@ -18,7 +18,7 @@ from fedsim.comm.group import Group
 from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError, ModelError, RunFolderError
+from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import save_peft_adapter
@@ -33,7 +33,7 @@ from fedsim.server.round import Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
 from fedsim.tracking.environment import describe_environment
 from fedsim.tracking.metrics import ClientTable, MetricsLog
-from fedsim.tracking.progress import Progress, build_progress
+from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
 
@@ -185,11 +185,8 @@ def _run_rounds(
         initial_loss = None
         if state.round_index == 0 and run.strategy.has_global_model:
             initial_loss = measure_global(run, state.adapter, "evaluation before round 0").mean
-            if not math.isfinite(initial_loss):
-                raise ModelError(
-                    f"model.name_or_path={base.name}: its loss on the test set must be finite, got {initial_loss}; "
-                    "check its weights, or set model.dtype to another type"
-                )
+            with all_or_none(group, "evaluation before round 0"):
+                _check_finite(initial_loss, base.name)
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         while state.round_index < run.rounds:
@@ -212,8 +209,20 @@ def _run_rounds(
                 _finish(config, run, base, state, records, tracker)
 
 
+def _check_finite(initial_loss: float, base_name: str) -> None:
+    if not math.isfinite(initial_loss):
+        raise ModelError(
+            f"model.name_or_path={base_name}: its loss on the test set must be finite, got {initial_loss}; "
+            "check its weights, or set model.dtype to another type"
+        )
+
+
 def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
     return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
+
+
+def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
+    return {"data": summary.data.fingerprint, "base": base.fingerprint}
 
 
 def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Records | None) -> ServerState:
@@ -222,6 +231,7 @@ def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Record
 
     def load() -> ServerState:
         assert records is not None
+        records.check_same_inputs(_fingerprints(base, summary))  # before any of its files is changed
         state = load_newest_checkpoint(records.checkpoints)
         if state is None:
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -245,12 +255,17 @@ def _reporting(
     """Open what shows and mirrors the run, on rank 0; write down how the run ended if it did not finish."""
     progress = build_progress(config.tracking.progress if group.rank == 0 else "off", sys.stderr)
     tracker: Tracker = NoTracker()
+    logs = contextlib.ExitStack()
     try:
+        logs.enter_context(logs_through(progress))
         with all_or_none(group, "starting the records"):
             if records is not None:
-                inputs = {"data": summary.data.fingerprint, "base": base.fingerprint}
-                records.check_same_inputs(inputs)
-                records.folder.start({**describe_environment(group.world_size, sys.argv), "inputs": inputs})
+                records.folder.start(
+                    {
+                        **describe_environment(group.world_size, sys.argv),
+                        "inputs": _fingerprints(base, summary),
+                    }
+                )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
                 write_text_atomic(records.folder.path / "partition.json", partition)
                 tracker = build_tracker(config, records.folder, to_tree(config))
@@ -263,9 +278,13 @@ def _reporting(
             with contextlib.suppress(FedsimError):  # the error that ended the run is the one to show
                 records.folder.finish("failed", f"{type(error).__name__}: {reason}")
         tracker.finish(1)
+        if isinstance(error, PeerError):
+            # every rank is here: none leaves, and so lets the launcher end the others, before rank 0 has written
+            group.gather_objects(None)
         raise
     finally:
         progress.stop()
+        logs.close()
 
 
 def _finish(

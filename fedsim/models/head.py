@@ -124,12 +124,14 @@ def _losses(
         part = slice(start, start + chunk)
         logits = head.logits(hidden[part]).to(precise)
         target = targets[part, None]
-        normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
-        losses[part] = (normalizer - logits.gather(1, target)).squeeze(1)
+        # in place and with one exponential: the passes over (m, V) are what a head costs beside its products
+        highest = logits.amax(dim=1, keepdim=True)
+        at_target = logits.sub_(highest).gather(1, target)
+        total = logits.exp_().sum(dim=1, keepdim=True)
+        losses[part] = (total.log() - at_target).squeeze(1)
         if gradient is not None and weights is not None:
-            # softmax minus one-hot, in place
-            probabilities = logits.sub_(normalizer).exp_()
-            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-            probabilities.mul_(weights[part, None])
-            gradient[part] = head.backward(probabilities.to(hidden.dtype))
+            # weight * (softmax - one-hot)
+            weight = weights[part, None]
+            logits.mul_(weight / total).scatter_add_(1, target, -weight)
+            gradient[part] = head.backward(logits.to(hidden.dtype))
     return losses, gradient

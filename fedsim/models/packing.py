@@ -5,6 +5,7 @@ Letters: S = sequences, T = their tokens together, n = label tokens, H = attenti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ LAYOUT_ARGUMENT = "packed_layout"
 
 BUCKET_STEP = 16
 """Sequences are padded, within attention only, to about the next multiple of this many tokens."""
+
+HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
+"""Whether this torch has attention over sequences of different lengths; on GPUs only, in half precision."""
 
 Ints = NDArray[np.int64]
 
@@ -186,7 +190,7 @@ def packed_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and HAS_VARLEN:
         return _flash_attention(query, key, value, scaling, packed_layout), None
     return _bucketed_attention(query, key, value, scaling, packed_layout), None
 

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Literal, Protocol
 
@@ -216,6 +217,25 @@ class ProgressHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print the line above the bars, or where the plain lines go; without a display, to its console."""
         self._progress.console.print(self.format(record), markup=False, soft_wrap=True)
+
+
+@contextmanager
+def logs_through(progress: Progress) -> Iterator[None]:
+    """Within the block, the lines that the root logger writes to a stream go through the display instead."""
+    root = logging.getLogger()
+    streams = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    through = ProgressHandler(progress)
+    for handler in streams:
+        through.setFormatter(handler.formatter)
+        root.removeHandler(handler)
+    if streams:
+        root.addHandler(through)
+    try:
+        yield
+    finally:
+        root.removeHandler(through)
+        for handler in streams:
+            root.addHandler(handler)
 
 
 class _Rounds:

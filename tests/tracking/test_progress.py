@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from fedsim.tracking.progress import ProgressHandler, build_progress
+from fedsim.tracking.progress import ProgressHandler, build_progress, logs_through
 
 GOLDEN = """\
 training the base model
@@ -118,3 +118,19 @@ def test_time_left_falls_within_a_round_and_never_below_zero():
     clock.now += 3600.0
     assert progress._rounds.left() == "0:00:00"
     progress.stop()
+
+
+def test_log_lines_go_through_the_display():
+    before, display = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(before)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        with logs_through(build_progress("plain", display)):
+            logging.getLogger("fedsim").warning("[1] slow disk")
+        logging.getLogger("fedsim").warning("after it")
+    finally:
+        root.removeHandler(handler)
+    assert display.getvalue() == "WARNING [1] slow disk\n"
+    assert before.getvalue() == "WARNING after it\n"
