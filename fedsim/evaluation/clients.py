@@ -1,17 +1,20 @@
 """Test losses of single clients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, final
 
-from fedsim.evaluation.losses import LossEvaluator
+from fedsim.evaluation.losses import LossEvaluator, measure_together
 from fedsim.lora.factors import AdapterState
 
 
 class ClientTest(Protocol):
-    """Measures an adapter on the test set of a client."""
+    """Measures adapters on the test sets of clients."""
 
-    def loss(self, adapter: AdapterState, client_id: int) -> float | None:
-        """Test loss in nats per label token; None if the client has no test examples."""
+    def losses(self, adapters: Sequence[AdapterState], client_ids: Sequence[int]) -> list[float | None]:
+        """Test loss of each client under its adapter, in nats per label token; None if it has no test examples.
+
+        The clients of a call may be measured together, so losses depend on it to rounding.
+        """
         ...
 
 
@@ -19,34 +22,46 @@ class ClientTest(Protocol):
 class CommonTest:
     """All clients are tested on one common test set, as the Plato framework does."""
 
-    def __init__(self, evaluator: LossEvaluator) -> None:
-        self._evaluator = evaluator
+    def __init__(self, test: LossEvaluator) -> None:
+        self._test = test
         self._last: tuple[AdapterState, float] | None = None
 
-    def loss(self, adapter: AdapterState, client_id: int) -> float | None:  # noqa: ARG002
-        """See `ClientTest`. An adapter that many clients start from is measured once."""
-        if self._last is None or self._last[0] is not adapter:
-            self._last = (adapter, self._evaluator.loss(adapter))
-        return self._last[1]
+    def losses(self, adapters: Sequence[AdapterState], client_ids: Sequence[int]) -> list[float | None]:  # noqa: ARG002
+        """See `ClientTest`. An adapter from which all clients start is measured once."""
+        if len({id(adapter) for adapter in adapters}) > 1:
+            together = measure_together(adapters, [self._test] * len(adapters))
+            return [sums.mean for sums in together]
+        if self._last is None or self._last[0] is not adapters[0]:
+            self._last = (adapters[0], measure_together(adapters[:1], [self._test])[0].mean)
+        return [self._last[1]] * len(adapters)
 
 
 @final
 class OwnSplitTest:
-    """Each client is tested on its own held-out examples."""
+    """Each client is tested on its own held-out examples.
 
-    def __init__(self, evaluator_of: Callable[[int], LossEvaluator | None]) -> None:
-        self._evaluator_of = evaluator_of
+    Args:
+        test_of: the test of a client, None if it has no examples of its own for that.
+    """
 
-    def loss(self, adapter: AdapterState, client_id: int) -> float | None:
+    def __init__(self, test_of: Callable[[int], LossEvaluator | None]) -> None:
+        self._test_of = test_of
+
+    def losses(self, adapters: Sequence[AdapterState], client_ids: Sequence[int]) -> list[float | None]:
         """See `ClientTest`."""
-        evaluator = self._evaluator_of(client_id)
-        return None if evaluator is None else evaluator.loss(adapter)
+        tests = [self._test_of(client_id) for client_id in client_ids]
+        pairs = [(adapter, test) for adapter, test in zip(adapters, tests, strict=True) if test is not None]
+        if not pairs:
+            return [None] * len(tests)
+        together = measure_together([adapter for adapter, _ in pairs], [test for _, test in pairs])
+        means = iter(sums.mean for sums in together)
+        return [None if test is None else next(means) for test in tests]
 
 
 @final
 class NoTest:
     """Clients are not tested."""
 
-    def loss(self, adapter: AdapterState, client_id: int) -> float | None:  # noqa: ARG002
-        """None."""
-        return None
+    def losses(self, adapters: Sequence[AdapterState], client_ids: Sequence[int]) -> list[float | None]:  # noqa: ARG002
+        """None for each."""
+        return [None] * len(client_ids)

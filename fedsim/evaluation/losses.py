@@ -90,27 +90,69 @@ class LossEvaluator:
         self.store = store
         self.classes = classes
         self.num_classes = num_classes
+        self.batch_tokens = batch_tokens
         positions = length_batches(store.num_tokens[examples], batch_tokens)
         self.batches = [examples[chosen] for chosen in positions]
 
     def measure(self, adapter: AdapterState, chosen: Sequence[int] | None = None) -> dict[int, LossSums]:
         """Loss sums of the batches `chosen` (all by default), by batch index."""
-        self.scorer.use(adapter)
         wanted = range(len(self.batches)) if chosen is None else chosen
-        return {index: self._measure_batch(self.batches[index]) for index in wanted}
+        return {
+            index: self.sums(
+                self.batches[index], self.scorer.losses([adapter], self.store, [self.batches[index]])[0]
+            )
+            for index in wanted
+        }
 
-    def loss(self, adapter: AdapterState) -> float:
-        """Loss over all batches in nats per label token."""
-        return merge_batches(self.measure(adapter)).mean
-
-    def _measure_batch(self, examples: NDArray[np.int64]) -> LossSums:
-        losses = self.scorer.example_losses(self.store, examples)
+    def sums(self, examples: NDArray[np.int64], losses: NDArray[np.float64]) -> LossSums:
+        """The sums by length class of examples whose losses are known."""
         classes = self.classes[examples]
         tokens = self.store.num_label_tokens[examples]
         return LossSums(
             np.bincount(classes, weights=losses, minlength=self.num_classes).astype(np.float64),
             np.bincount(classes, weights=tokens, minlength=self.num_classes).astype(np.int64),
         )
+
+
+def measure_together(adapters: Sequence[AdapterState], tests: Sequence[LossEvaluator]) -> list[LossSums]:
+    """Loss sums of several adapters, each on its own test set, as many at once as a batch's token budget holds.
+
+    Args:
+        adapters: to measure, at least one.
+        tests: the test set of each; all on one scorer, store and budget.
+    """
+    scorer, store = tests[0].scorer, tests[0].store
+    work = [
+        (owner, index)
+        for index in range(max(len(test.batches) for test in tests))
+        for owner, test in enumerate(tests)
+        if index < len(test.batches)
+    ]
+    measured: list[dict[int, LossSums]] = [{} for _ in tests]
+    for group in _within_budget(work, tests):
+        parts = [tests[owner].batches[index] for owner, index in group]
+        losses = scorer.losses([adapters[owner] for owner, _ in group], store, parts)
+        for (owner, index), part, part_losses in zip(group, parts, losses, strict=True):
+            measured[owner][index] = tests[owner].sums(part, part_losses)
+    return [merge_batches(batches) for batches in measured]
+
+
+def _within_budget(
+    work: Sequence[tuple[int, int]], tests: Sequence[LossEvaluator]
+) -> list[list[tuple[int, int]]]:
+    """Cut (test, batch) pairs into groups of at most `batch_tokens` tokens, each test at most once in a group."""
+    groups: list[list[tuple[int, int]]] = []
+    tokens = 0
+    for owner, index in work:
+        test = tests[owner]
+        num_tokens = int(test.store.num_tokens[test.batches[index]].sum())
+        taken = bool(groups) and any(other == owner for other, _ in groups[-1])
+        if not groups or taken or tokens + num_tokens > test.batch_tokens:
+            groups.append([])
+            tokens = 0
+        groups[-1].append((owner, index))
+        tokens += num_tokens
+    return groups
 
 
 def merge_batches(parts: Mapping[int, LossSums]) -> LossSums:

@@ -1,5 +1,7 @@
 """Loss sums of single examples under an adapter: with padded batches, or with packed rows."""
 
+import operator
+from collections.abc import Sequence
 from typing import Protocol, final
 
 import numpy as np
@@ -20,20 +22,24 @@ Floats = NDArray[np.float64]
 
 
 class Scorer(Protocol):
-    """Measures examples of a store under an adapter."""
+    """Measures examples of a store under adapters."""
 
-    def use(self, adapter: AdapterState) -> None:
-        """Measure under `adapter` from now on."""
-        ...
+    def losses(
+        self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
+    ) -> list[Floats]:
+        """For each adapter, (number of its examples,) float64: loss summed over each example's label tokens, in nats.
 
-    def example_losses(self, store: TokenStore, examples: Ints) -> Floats:
-        """(number of examples,) float64: sum of the cross-entropy over each one's label tokens, in nats."""
+        Args:
+            adapters: one for each part.
+            store: the examples.
+            parts: for each adapter, indices of its examples; none may be empty.
+        """
         ...
 
 
 @final
 class PaddedScorer:
-    """Padded batches through the base with one adapter.
+    """Padded batches through the base with one adapter after another.
 
     Args:
         model: the base with one adapter slot.
@@ -44,12 +50,17 @@ class PaddedScorer:
         self._model = model
         self._pad_id = pad_id
 
-    def use(self, adapter: AdapterState) -> None:
+    def losses(
+        self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
+    ) -> list[Floats]:
         """See `Scorer`."""
-        self._model.load(adapter)
+        return [
+            self._part_losses(adapter, store, examples)
+            for adapter, examples in zip(adapters, parts, strict=True)
+        ]
 
-    def example_losses(self, store: TokenStore, examples: Ints) -> Floats:
-        """See `Scorer`."""
+    def _part_losses(self, adapter: AdapterState, store: TokenStore, examples: Ints) -> Floats:
+        self._model.load(adapter)
         batch = collate(store, examples, self._pad_id)
         device = self._model.device
         with torch.inference_mode():
@@ -61,33 +72,41 @@ class PaddedScorer:
 
 @final
 class PackedScorer:
-    """Packed rows through the engine that trains; logits exist only where there is a label.
+    """Packed rows through the engine that trains: adapters together, logits only where there is a label.
 
     Args:
-        model: the base with slots for several adapters, of which one is used.
+        model: the base with slots for several adapters.
     """
 
     def __init__(self, model: StackedModel) -> None:
         self._model = model
-        self._rows: RankRows | None = None
+        self._loaded: tuple[tuple[AdapterState, ...], RankRows] | None = None
 
-    def use(self, adapter: AdapterState) -> None:
+    def losses(
+        self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
+    ) -> list[Floats]:
         """See `Scorer`."""
-        rank = max(factors.rank for factors in adapter.values())
-        dtype = next(iter(adapter.values())).A.dtype
-        self._rows = RankRows(self._model.targets, [rank], dtype, self._model.device)
-        self._rows.load(0, adapter)
-
-    def example_losses(self, store: TokenStore, examples: Ints) -> Floats:
-        """See `Scorer`."""
-        assert self._rows is not None, "an adapter is set before examples are measured"
-        packed = pack_tokens(store, [examples], self._model.device)
-        self._model.attach(self._rows)
-        with (
-            torch.no_grad(),
-            self._model.planned(StepPlan(plan_tiles(self._rows, packed, [0], self._model.dtype))),
-        ):
+        rows = self._load(tuple(adapters))
+        packed = pack_tokens(store, parts, self._model.device)
+        plan = StepPlan(plan_tiles(rows, packed, range(len(parts)), self._model.dtype))
+        self._model.attach(rows)
+        with torch.no_grad(), self._model.planned(plan):
             losses = self._model.label_losses(packed).double().cpu().numpy()
         self._model.attach(None)
-        owner = packed.sequence_of_label.cpu().numpy()
-        return np.bincount(owner, weights=losses, minlength=len(examples)).astype(np.float64)
+        sizes = [len(part) for part in parts]
+        by_example = np.bincount(packed.sequence_of_label.cpu().numpy(), weights=losses, minlength=sum(sizes))
+        return np.split(by_example.astype(np.float64), np.cumsum(sizes)[:-1])
+
+    def _load(self, adapters: tuple[AdapterState, ...]) -> RankRows:
+        """Rank rows that hold the adapters; those of the last call if they are the same objects."""
+        if self._loaded is not None:
+            before, rows = self._loaded
+            if len(before) == len(adapters) and all(map(operator.is_, before, adapters)):
+                return rows
+        ranks = [max(factors.rank for factors in adapter.values()) for adapter in adapters]
+        dtype = next(iter(adapters[0].values())).A.dtype
+        rows = RankRows(self._model.targets, ranks, dtype, self._model.device)
+        for slot, adapter in enumerate(adapters):
+            rows.load(slot, adapter)
+        self._loaded = (adapters, rows)
+        return rows

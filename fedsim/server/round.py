@@ -1,7 +1,7 @@
 """One synchronous round."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
@@ -182,24 +182,25 @@ def _train_packs(state: ServerState, run: Run, packs: list[Pack]) -> list[Client
     num_clients = sum(len(pack.jobs) for pack in packs)
     for pack in packs:
         starts = [run.strategy.download(state, job.client_id) for job in pack.jobs]
+        trained = run.trainer.train(pack, starts, state.round_index)
         start_of = {job.client_id: start for job, start in zip(pack.jobs, starts, strict=True)}
-        for update in run.trainer.train(pack, starts, state.round_index):
-            start = start_of[update.report.client_id]
-            updates.append(_with_test_losses(run, start, update) if tested else update)
+        updates += _with_test_losses(run, start_of, trained) if tested and trained else trained
         run.watch.clients_done(
             len(updates), num_clients, sum(update.report.trained_tokens for update in updates)
         )
     return updates
 
 
-def _with_test_losses(run: Run, start: AdapterState, update: ClientUpdate) -> ClientUpdate:
-    client_id = update.report.client_id
-    report = replace(
-        update.report,
-        test_loss_before=run.client_test.loss(start, client_id),
-        test_loss_after=run.client_test.loss(update.adapter, client_id),
-    )
-    return ClientUpdate(report, update.adapter)
+def _with_test_losses(
+    run: Run, start_of: Mapping[int, AdapterState], updates: Sequence[ClientUpdate]
+) -> list[ClientUpdate]:
+    client_ids = [update.report.client_id for update in updates]
+    before = run.client_test.losses([start_of[client_id] for client_id in client_ids], client_ids)
+    after = run.client_test.losses([update.adapter for update in updates], client_ids)
+    return [
+        replace(update, report=replace(update.report, test_loss_before=earlier, test_loss_after=later))
+        for update, earlier, later in zip(updates, before, after, strict=True)
+    ]
 
 
 class _TimedStream(Iterator[tuple[str, tuple]]):  # type: ignore[type-arg]

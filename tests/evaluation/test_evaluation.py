@@ -11,7 +11,7 @@ from hypothesis import given
 from fedsim.errors import DataError
 from fedsim.evaluation.clients import CommonTest, NoTest, OwnSplitTest
 from fedsim.evaluation.fairness import fairness_metrics, population_variance, worst_share_mean
-from fedsim.evaluation.losses import LossEvaluator, LossSums, merge, merge_batches
+from fedsim.evaluation.losses import LossEvaluator, LossSums, measure_together, merge, merge_batches
 from fedsim.evaluation.scorers import PackedScorer, PaddedScorer
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.models.adapted import AdaptedModel
@@ -79,16 +79,34 @@ def scorers_with_adapter():
     return padded, PackedScorer(StackedModel(base, targets, CPU)), adapter
 
 
+def other(adapter: AdapterState, factor: float) -> AdapterState:
+    return adapter.map(lambda values: factor * values)
+
+
 def test_packed_and_padded_scorers_agree_example_by_example():
     store = make_store(random_texts(30, seed=4))
     padded, packed, adapter = scorers_with_adapter()
     examples = np.array([4, 29, 0, 7, 7, 12])
-    for scorer in (padded, packed):
-        scorer.use(adapter)
-    expected = padded.example_losses(store, examples)
-    np.testing.assert_allclose(packed.example_losses(store, examples), expected, rtol=1e-12)
-    alone = [float(packed.example_losses(store, np.array([example]))[0]) for example in examples]
+    [expected] = padded.losses([adapter], store, [examples])
+    np.testing.assert_allclose(packed.losses([adapter], store, [examples])[0], expected, rtol=1e-12)
+    alone = [float(packed.losses([adapter], store, [np.array([example])])[0][0]) for example in examples]
     np.testing.assert_allclose(alone, expected, rtol=1e-12)
+
+
+def test_several_adapters_are_measured_together():
+    store = make_store(random_texts(30, seed=4))
+    padded, packed, adapter = scorers_with_adapter()
+    adapters = [adapter, other(adapter, 0.5), other(adapter, 2.0)]
+    parts = [np.array([4, 29, 0]), np.array([4]), np.array([3, 4, 5, 6])]
+    expected = padded.losses(adapters, store, parts)
+    for mine, theirs in zip(packed.losses(adapters, store, parts), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+    assert expected[0][0] != expected[1][0], "the same example under two adapters"
+    classes = np.zeros(30, dtype=np.int64)
+    tests = [LossEvaluator(packed, store, classes, 1, part, batch_tokens=30) for part in parts]
+    together = measure_together(adapters, tests)
+    for sums_together, test, own in zip(together, tests, adapters, strict=True):
+        assert sums_together.mean == pytest.approx(merge_batches(test.measure(own)).mean, rel=1e-12)
 
 
 def test_any_share_of_the_batches_gives_the_same_figure():
@@ -101,7 +119,7 @@ def test_any_share_of_the_batches_gives_the_same_figure():
     parts = {}
     for rank in range(3):
         parts |= test.measure(adapter, range(rank, len(test.batches), 3))
-    assert merge_batches(parts).mean == whole.mean == test.loss(adapter)
+    assert merge_batches(parts).mean == whole.mean
     assert int(whole.tokens.sum()) == int(store.num_label_tokens.sum())
     by_class = [int(store.num_label_tokens[classes == index].sum()) for index in range(4)]
     assert whole.tokens.tolist() == by_class
@@ -120,9 +138,14 @@ def test_client_tests():
         return LossEvaluator(packed, store, classes, 1, np.array([client_id]), batch_tokens=50)
 
     common = CommonTest(LossEvaluator(packed, store, classes, 1, np.arange(30), batch_tokens=50))
-    assert common.loss(adapter, 3) == common.loss(adapter, 4)
+    assert len(set(common.losses([adapter] * 3, [3, 4, 5]))) == 1
+    three = common.losses([adapter, other(adapter, 0.5), other(adapter, 2.0)], [3, 4, 5])
+    assert len(set(three)) == 3
+    assert three[0] == pytest.approx(common.losses([adapter], [3])[0], rel=1e-12)
     test = OwnSplitTest(own)
-    assert test.loss(adapter, 3) != test.loss(adapter, 4)
-    assert test.loss(adapter, 9) is None
-    assert measured == [3, 4, 9]
-    assert NoTest().loss(adapter, 3) is None
+    first, nothing, second = test.losses([adapter] * 3, [3, 9, 4])
+    assert nothing is None
+    assert first != second
+    assert measured == [3, 9, 4]
+    assert test.losses([adapter], [9]) == [None]
+    assert NoTest().losses([adapter] * 2, [3, 4]) == [None, None]
