@@ -78,7 +78,7 @@ def run_ranks(
     The function must be importable from a module (spawned processes look it up by name). A rank that raises makes the
     test fail with its traceback; a rank that does not come back in time is killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _preloaded_context()
     results = context.Queue()
     rendezvous = tmp_path / f"rendezvous-{os.urandom(4).hex()}"
     processes = [
@@ -109,6 +109,15 @@ def run_ranks(
     return [outcomes[rank][1] for rank in range(world_size)]
 
 
+def _preloaded_context() -> Any:
+    """Processes forked from a server that has imported what costs seconds, and has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["fedsim.main", "fedsim.simulation", "transformers.models.opt", "datasets"]
+    )
+    return context
+
+
 def _rank_main(
     function: Callable[..., Any],
     rank: int,
@@ -137,10 +146,7 @@ def run_program(
     The processes are forked from a server that has imported what they need, which saves seconds for each. The exit
     code of a process that does not end in time is None.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fedsim.main", "fedsim.simulation", "transformers.models.opt", "datasets"]
-    )
+    context = _preloaded_context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
