@@ -222,17 +222,14 @@ def _bucketed_attention(
 ) -> Tensor:
     """Rows are copied into one padded buffer, bucket by bucket; right padding and causality need no mask."""
     _, heads, num_tokens, width = query.shape
-    padded = [
-        _Pad.apply(tensor[0].transpose(0, 1).reshape(num_tokens, heads * width), layout)  # type: ignore[no-untyped-call]
-        for tensor in (query, key, value)
-    ]
+    rows = [tensor.transpose(1, 2).reshape(num_tokens, heads * width) for tensor in (query, key, value)]
+    padded: Tensor = _Pad.apply(layout, *rows)  # type: ignore[no-untyped-call]
+    # split and unbind, not slices: the gradient of each slice would fill a whole padded buffer
+    sizes = [bucket.num_sequences * bucket.length for bucket in layout.buckets]
     outputs = []
-    for bucket in layout.buckets:
-        end = bucket.start + bucket.num_sequences * bucket.length
-        q, k, v = (
-            rows[bucket.start : end].view(bucket.num_sequences, bucket.length, heads, width).transpose(1, 2)
-            for rows in padded
-        )
+    for bucket, part in zip(layout.buckets, padded.split_with_sizes(sizes), strict=True):
+        by_head = part.view(bucket.num_sequences, bucket.length, 3, heads, width)
+        q, k, v = (tensor.transpose(1, 2) for tensor in by_head.unbind(2))
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
         outputs.append(attended.transpose(1, 2).reshape(-1, heads * width))
     joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -241,16 +238,19 @@ def _bucketed_attention(
 
 
 class _Pad(torch.autograd.Function):
-    """(T, d) -> (padded rows, d); rows that no token claims are 0."""
+    """Several (T, d) -> (padded rows, several, d); rows that no token claims are 0."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: PackedLayout) -> Tensor:
+    def forward(ctx: Any, layout: PackedLayout, *tensors: Tensor) -> Tensor:
         ctx.layout = layout
-        return x.new_zeros(layout.num_padded_rows, x.shape[1]).index_copy_(0, layout.padded_rows, x)
+        padded = tensors[0].new_zeros(layout.num_padded_rows, len(tensors), tensors[0].shape[1])
+        for index, tensor in enumerate(tensors):
+            padded[:, index].index_copy_(0, layout.padded_rows, tensor)
+        return padded
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.layout.padded_rows), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *gradients[0].index_select(0, ctx.layout.padded_rows).unbind(1))
 
 
 class _Unpad(torch.autograd.Function):

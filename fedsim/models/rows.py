@@ -10,6 +10,7 @@ Letters: R = rank rows of all slots, W = width of a row = sum over modules of (i
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fedsim.lora.factors import AdapterState, LoraFactors
@@ -54,7 +55,7 @@ class RankRows:
         self.values = torch.zeros(ends[-1], width, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.values)
         self._scalings: list[dict[str, float]] = [{} for _ in capacities]
-        self._shapes: list[dict[str, int]] = [{} for _ in capacities]
+        self._ranks: list[dict[str, int]] = [{} for _ in capacities]
 
     def parameters(self, module: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A (R, i) and B transposed (R, o) of all slots: leaves that share `values` and collect into `gradients`."""
@@ -69,14 +70,17 @@ class RankRows:
         """Put a client's adapter into a slot; its gradient becomes 0."""
         self.clear(slot)
         first, _ = self.row_ranges[slot]
+        ranks = {module: adapter[module].rank for module in self.targets}
+        most = max(ranks.values())
+        parts = []
+        for module, rank in ranks.items():
+            pair = (adapter[module].A, adapter[module].B.T)
+            # where ranks differ between modules, rows of 0 fill up
+            parts += pair if rank == most else [F.pad(part, (0, 0, 0, most - rank)) for part in pair]
         with torch.no_grad():
-            for module, factors in adapter.items():
-                rows = slice(first, first + factors.rank)
-                down, up = self._columns[module]
-                self.values[rows, down] = factors.A.to(self.values)
-                self.values[rows, up] = factors.B.T.to(self.values)
-                self._scalings[slot][module] = factors.scaling
-                self._shapes[slot][module] = factors.rank
+            self.values[first : first + most] = torch.cat(parts, dim=1)  # one copy for all modules
+        self._scalings[slot] = {module: adapter[module].scaling for module in self.targets}
+        self._ranks[slot] = ranks
 
     def clear(self, slot: int) -> None:
         """Empty a slot: its rows become 0."""
@@ -84,18 +88,22 @@ class RankRows:
         self.values[rows] = 0
         self.gradients[rows] = 0
         self._scalings[slot] = {}
-        self._shapes[slot] = {}
+        self._ranks[slot] = {}
 
     def read(self, slot: int) -> AdapterState:
         """A copy of the adapter in a slot."""
+        widths = [width for shape in self.targets.values() for width in shape]
         first, _ = self.row_ranges[slot]
+        most = max(self._ranks[slot].values())
+        parts = iter(self.values[first : first + most].split_with_sizes(widths, dim=1))
         modules = {}
-        for module, rank in self._shapes[slot].items():
-            rows = slice(first, first + rank)
-            down, up = self._columns[module]
+        for module, rank in self._ranks[slot].items():
+            down, up = next(parts), next(parts)
+            if rank < most:
+                down, up = down[:rank], up[:rank]
             modules[module] = LoraFactors(
-                self.values[rows, down].clone(),
-                self.values[rows, up].T.clone(memory_format=torch.contiguous_format),
+                down.clone(memory_format=torch.contiguous_format),
+                up.T.clone(memory_format=torch.contiguous_format),
                 self._scalings[slot][module],
             )
         return AdapterState(modules)

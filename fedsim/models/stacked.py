@@ -173,22 +173,25 @@ class StackedModel:
         self.dtype: torch.dtype = untyped.dtype
         self.head = head or _plain_head(untyped)
         self._linears: dict[str, StackedLinear] = {}
-        for index, (path, (in_features, _)) in enumerate(targets.items()):
-            linear = StackedLinear(model.get_submodule(path), path, index, in_features, device)
-            _set_module(model, path, linear)
-            self._linears[path] = linear
-        self.checkpoint_gradients = checkpoint_gradients
+        self.checkpoint_gradients = False
+        register_packed_attention()
+        untyped.set_attn_implementation(ATTENTION)
+        if untyped.config._attn_implementation != ATTENTION:
+            self.unwrap()
+            raise ModelError("the model does not let its attention be replaced")
         if checkpoint_gradients:
             if not untyped.supports_gradient_checkpointing or vars(untyped.config).get("layerdrop"):
+                self.unwrap()
                 raise ModelError("the model has no gradient checkpointing without dropped layers")
             # not the reentrant kind, which would ask for gradients below the first adapted layer as well
             _renamed(untyped, "activation_checkpointing_enable", "gradient_checkpointing_enable")(
                 {"use_reentrant": False}
             )
-        register_packed_attention()
-        self.model.set_attn_implementation(ATTENTION)
-        if self.model.config._attn_implementation != ATTENTION:
-            raise ModelError("the model does not let its attention be replaced")
+            self.checkpoint_gradients = True
+        for index, (path, (in_features, _)) in enumerate(targets.items()):
+            linear = StackedLinear(model.get_submodule(path), path, index, in_features, device)
+            _set_module(model, path, linear)
+            self._linears[path] = linear
 
     def unwrap(self) -> None:
         """Give the model back as it was."""

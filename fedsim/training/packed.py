@@ -309,7 +309,9 @@ class PackedTrainer:
             return None
         adapter = rows.read(runner.slot)
         try:
-            check_finite(runner.losses, adapter, runner.job.client_id, round_index)
+            values = rows.values[slice(*rows.row_ranges[runner.slot])]
+            suspect = None if bool(torch.isfinite(values).all()) else adapter
+            check_finite(runner.losses, suspect, runner.job.client_id, round_index)
         except TrainingError as error:
             self._leave_out(runner, error)
             return None
