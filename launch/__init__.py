@@ -1,0 +1,1 @@
+"""Start fedsim: from a configuration to the command that runs it."""
