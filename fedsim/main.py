@@ -61,12 +61,12 @@ def _with_group(command: CommandLine) -> int:
     from fedsim.comm.group import choose_device, join_group, world_from_environment
 
     config = command.config
-    rank, local_rank, world_size = world_from_environment()
-    _quiet_libraries(rank)
-    device = choose_device(config.run.device, local_rank)
+    world = world_from_environment()
+    _quiet_libraries(world.rank)
+    _configure_logging(world.rank)
+    device = choose_device(config.run.device, world, torch.cuda.device_count())
     torch.set_num_threads(config.run.threads_per_process)
-    _configure_logging(rank)
-    group = join_group(rank, world_size, device, config.comm.backend, config.comm.timeout_s)
+    group = join_group(world.rank, world.size, device, config.comm.backend, config.comm.timeout_s)
     code = _simulate(command, group)
     # not in a `finally`: a rank that failed must not wait for the others on its way out
     group.close()

@@ -311,6 +311,6 @@ def _export(config: Config, base: BaseModel, adapter: AdapterState, folder: Path
     replace_folder(
         folder,
         lambda unfinished: save_peft_adapter(
-            adapter, unfinished, base.name, config.lora.target_modules, config.lora.dropout
+            adapter, unfinished, base.source, config.lora.target_modules, config.lora.dropout
         ),
     )

@@ -1,7 +1,9 @@
 """The group of processes that run one simulation."""
 
+import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -10,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedsim.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class Group(Protocol):
@@ -116,21 +120,41 @@ class TorchGroup:
         dist.destroy_process_group()
 
 
-def world_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, local rank, world size) as torchrun and accelerate export them; (0, 0, 1) without a launcher.
+@dataclass(frozen=True, slots=True)
+class World:
+    """The place of this process among all.
+
+    Attributes:
+        rank: from 0.
+        local_rank: index on its node.
+        size: number of processes.
+        local_size: number of processes on its node, as far as the launcher says.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+
+def world_from_environment(environment: Mapping[str, str] = os.environ) -> World:
+    """What torchrun and accelerate export; one process without a launcher.
 
     Raises:
         ConfigError: the launcher's variables contradict each other.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        return 0, 0, 1
-    rank, world_size = _variable(environment, "RANK"), _variable(environment, "WORLD_SIZE")
+        return World()
+    rank, size = _variable(environment, "RANK"), _variable(environment, "WORLD_SIZE")
     local_rank = _variable(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else rank
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"RANK must be in [0, WORLD_SIZE={world_size}), got {rank}")
-    if local_rank < 0:
-        raise ConfigError(f"LOCAL_RANK must be at least 0, got {local_rank}")
-    return rank, local_rank, world_size
+    local_size = local_rank + 1
+    if "LOCAL_WORLD_SIZE" in environment:
+        local_size = _variable(environment, "LOCAL_WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise ConfigError(f"RANK must be in [0, WORLD_SIZE={size}), got {rank}")
+    if not 0 <= local_rank < local_size:
+        raise ConfigError(f"LOCAL_RANK must be in [0, LOCAL_WORLD_SIZE={local_size}), got {local_rank}")
+    return World(rank, local_rank, size, local_size)
 
 
 def _variable(environment: Mapping[str, str], name: str) -> int:
@@ -145,28 +169,34 @@ def _variable(environment: Mapping[str, str], name: str) -> int:
         ) from error
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: str, world: World, num_gpus: int) -> torch.device:
     """The device of a process: the GPU of its local rank, or the CPU.
+
+    "auto" takes GPUs only where each process of the node has one to itself, since NCCL does not let two share one.
 
     Args:
         wanted: "auto", "cpu" or "cuda".
-        local_rank: index of the process on its node.
+        world: the place of the process.
+        num_gpus: GPUs that it sees.
 
     Raises:
-        ConfigError: cuda is wanted but no GPU is visible, or a node has more processes than GPUs.
+        ConfigError: cuda is wanted, and there is not a GPU for each process of the node.
     """
-    num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-    if num_gpus == 0:
-        if wanted == "cuda":
-            raise ConfigError("run.device must be cpu or auto where no GPU is visible, got 'cuda'")
+    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         return torch.device("cpu")
-    if num_gpus > 1 and local_rank >= num_gpus:
+    if num_gpus == 0:
+        raise ConfigError("run.device must be cpu or auto where no GPU is visible, got 'cuda'")
+    if world.local_size <= num_gpus:
+        return torch.device("cuda", world.local_rank)
+    shortage = f"{world.local_size} processes on a node with {num_gpus} visible GPUs"
+    if wanted == "cuda":
         raise ConfigError(
-            f"a node must not run more processes than it has GPUs ({num_gpus}), got local rank {local_rank}; "
-            f"start {num_gpus} processes a node, or set run.device=cpu"
+            f"run.device=cuda needs a GPU for each process, got {shortage}; start {num_gpus} processes a node, or set "
+            "run.device=cpu"
         )
-    # a launcher that shows each process its own GPU shows it as device 0
-    return torch.device("cuda", local_rank % num_gpus)
+    if world.rank == 0:
+        logger.warning("run.device=auto: the CPU, for %s; start %d to use them", shortage, num_gpus)
+    return torch.device("cpu")
 
 
 def join_group(

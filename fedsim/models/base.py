@@ -34,6 +34,7 @@ class BaseModel:
         tokenizer: checked to fit the model.
         pad_id: fills short sequences; always masked.
         name: as configured.
+        source: hub id or local folder from which transformers loads it; that of the cache for the embedded base.
         dtype: of the weights.
         fingerprint: hash of names, shapes and values; equal on two processes if they hold the same base.
     """
@@ -42,6 +43,7 @@ class BaseModel:
     tokenizer: Any
     pad_id: int
     name: str
+    source: str
     dtype: torch.dtype
     fingerprint: str
 
@@ -68,7 +70,10 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
     ).to(device)
     rows = model.get_input_embeddings().num_embeddings
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
-    return BaseModel(model, tokenizer, padding_id(tokenizer), config.name_or_path, dtype, fingerprint(model))
+    source = str(folder) if config.name_or_path == EMBEDDED else config.name_or_path
+    return BaseModel(
+        model, tokenizer, padding_id(tokenizer), config.name_or_path, source, dtype, fingerprint(model)
+    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.lora.factors import AdapterState, LoraFactors
 
@@ -72,7 +72,7 @@ class RankRows:
         first, _ = self.row_ranges[slot]
         ranks = {module: adapter[module].rank for module in self.targets}
         most = max(ranks.values())
-        parts = []
+        parts: list[Tensor] = []
         for module, rank in ranks.items():
             pair = (adapter[module].A, adapter[module].B.T)
             # where ranks differ between modules, rows of 0 fill up

@@ -8,6 +8,7 @@ run.lock         held while a process uses the folder; run.owner.json says which
 import errno
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -116,7 +117,7 @@ class RunFolder:
 
 
 def check_new_folder(path: Path) -> None:
-    """Refuse what `open_run_folder` would refuse for a run that has no folder yet, and write nothing.
+    """Refuse what `open_run_folder` would refuse for a run that has no folder yet, and leave nothing behind.
 
     Raises:
         RunFolderError: the folder cannot be made or written, or holds something else than a run.
@@ -126,8 +127,10 @@ def check_new_folder(path: Path) -> None:
         nearest = next(folder for folder in (path, *path.parents) if folder.exists())
         if not nearest.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        # by trying: permissions alone do not tell, least of all root
+        trial = nearest / f".fedsim-{secrets.token_hex(4)}"
+        trial.mkdir()
+        trial.rmdir()
         if nearest == path:
             _refuse_foreign_folder(path)
     except OSError as error:

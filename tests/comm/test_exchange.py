@@ -5,7 +5,14 @@ import torch
 
 from fedsim.comm.agree import all_or_none, consume_on_root, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_adapter, broadcast_state, gather_reports, gather_stacks
-from fedsim.comm.group import Group, SoloGroup, choose_device, join_group, world_from_environment
+from fedsim.comm.group import (
+    Group,
+    SoloGroup,
+    World,
+    choose_device,
+    join_group,
+    world_from_environment,
+)
 from fedsim.errors import AggregationError, ConfigError, DataError, PeerError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import ServerState
@@ -140,8 +147,10 @@ def test_state_reaches_every_rank_and_known_entries_are_not_sent_again(tmp_path)
 
 
 def test_environment_of_launchers():
-    assert world_from_environment({}) == (0, 0, 1)
-    assert world_from_environment({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == (5, 1, 8)
+    assert world_from_environment({}) == World()
+    assert world_from_environment({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == World(5, 1, 8, 2)
+    torchrun = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert world_from_environment(torchrun) == World(5, 1, 8, 4)
     for wrong in (
         {"RANK": "0"},
         {"WORLD_SIZE": "2"},
@@ -152,10 +161,26 @@ def test_environment_of_launchers():
             world_from_environment(wrong)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
-def test_devices_without_a_gpu():
-    assert choose_device("auto", 3) == torch.device("cpu")
+def test_devices(caplog):
+    four = [World(rank, rank, 4, 4) for rank in range(4)]
+    assert [choose_device("auto", world, 4).index for world in four] == [0, 1, 2, 3]
+    assert choose_device("cuda", four[2], 8) == torch.device("cuda", 2)
+    assert choose_device("cpu", four[0], 4) == torch.device("cpu")
+    assert choose_device("auto", World(), 0) == torch.device("cpu")
+    assert choose_device("auto", World(), 1) == torch.device("cuda", 0)
+    assert not caplog.records
+    assert [choose_device("auto", world, 1).type for world in four] == ["cpu"] * 4, (
+        "NCCL refuses a shared GPU"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "run.device=auto: the CPU, for 4 processes on a node with 1 visible GPUs; start 1 to use them"
+    ]
+    with pytest.raises(ConfigError, match=r"run\.device=cuda needs a GPU for each process, got 4 processes"):
+        choose_device("cuda", four[0], 2)
     with pytest.raises(ConfigError, match=r"run\.device must be cpu or auto"):
-        choose_device("cuda", 0)
+        choose_device("cuda", World(), 0)
+
+
+def test_a_backend_that_does_not_fit_the_device():
     with pytest.raises(ConfigError, match=r"comm\.backend must be auto or gloo on cpu, got 'nccl'"):
         join_group(0, 1, torch.device("cpu"), "nccl")

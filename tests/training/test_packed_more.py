@@ -557,7 +557,7 @@ def test_a_sliding_window_is_refused():
 
 def engine_for(model: torch.nn.Module, store: Any, *overrides: str) -> tuple[Any, Any]:
     config = load_config(None, ["data.max_tokens=32", "model.cpu_linear=torch", *overrides])
-    base = BaseModel(model, None, PAD, "some-model", torch.float32, "")
+    base = BaseModel(model, None, PAD, "some-model", "some-model", torch.float32, "")
     return build_engine(config, SoloGroup(), base, store)
 
 
