@@ -15,7 +15,7 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.losses import label_losses
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
-from fedsim.models.stacked import StackedModel, StepPlan, plan_tiles
+from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_products
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -88,7 +88,7 @@ class PackedScorer:
         """See `Scorer`."""
         rows = self._load(tuple(adapters))
         packed = pack_tokens(store, parts, self._model.device)
-        plan = StepPlan(plan_tiles(rows, packed, range(len(parts)), self._model.dtype))
+        plan = StepPlan(plan_products(rows, packed, range(len(parts)), self._model.dtype))
         self._model.attach(rows)
         with torch.no_grad(), self._model.planned(plan):
             losses = self._model.label_losses(packed).double().cpu().numpy()
@@ -103,6 +103,8 @@ class PackedScorer:
             before, rows = self._loaded
             if len(before) == len(adapters) and all(map(operator.is_, before, adapters)):
                 return rows
+        for adapter in adapters:
+            check_same_modules(adapter, self._model.targets)
         ranks = [max(factors.rank for factors in adapter.values()) for adapter in adapters]
         dtype = next(iter(adapters[0].values())).A.dtype
         rows = RankRows(self._model.targets, ranks, dtype, self._model.device)

@@ -41,6 +41,10 @@ def packing_problem(stacked: StackedModel, alone: list[Tensor], max_tokens: int)
         and getattr(stacked.model.config, "use_sliding_window", True)
     ):
         return f"its attention slides over {window} tokens, fewer than data.max_tokens={max_tokens}"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        # small logits would not show it
+        if getattr(stacked.model.config, name, None):
+            return f"packed rows do not have its {name}"
     texts = _texts(stacked.model)
     lengths = np.asarray(LENGTHS, dtype=np.int64)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])

@@ -15,6 +15,7 @@ from fedsim.errors import AdapterError, ModelError
 from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, no_base_dropout
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
+from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
 from fedsim.models.rows import RankRows
 
 DENSE_SHARE = 4
@@ -24,31 +25,16 @@ DENSE_ROWS_AT_LEAST = 32
 """Fewer rows than this never pay for being cut up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Tokens and rank rows of neighbouring slots, multiplied in one product.
-
-    Attributes:
-        tokens: their tokens.
-        rows: their rank rows.
-        gate: (tokens, rows) scaling where token and row belong to one client, else 0; a number for a single client.
-    """
-
-    tokens: slice
-    rows: slice
-    gate: Tensor | float
-
-
 @dataclass(slots=True)
 class StepPlan:
     """What the adapted modules need to know about the packed row they are given.
 
     Attributes:
-        tiles: for each module.
+        products: how each module multiplies.
         dropout: (T,) keys of the tokens and the probability, or None.
     """
 
-    tiles: Mapping[str, tuple[Tile, ...]]
+    products: Mapping[str, RowProduct]
     dropout: tuple[Tensor, float] | None = None
 
 
@@ -75,7 +61,7 @@ class StackedLinear(nn.Module):
             rows,
             y.reshape(-1, y.shape[-1]),
             *self.leaves,
-            self.plan.tiles[self.path],
+            self.plan.products[self.path],
             self.plan.dropout,
             self.features,
         )
@@ -95,50 +81,36 @@ class _RankRowProduct(torch.autograd.Function):
         y: Tensor,
         down: Tensor,
         up: Tensor,
-        tiles: tuple[Tile, ...],
+        product: RowProduct,
         dropout: tuple[Tensor, float] | None,
         features: Tensor,
     ) -> Tensor:
         kept = x if dropout is None else x * keep_mask(dropout[0], features, dropout[1], x.dtype)
-        a, b = down.to(x.dtype), up.to(x.dtype)
-        hidden = [(kept[tile.tokens] @ a[tile.rows].T).mul_(tile.gate) for tile in tiles]
-        outputs = [
-            torch.addmm(y[tile.tokens], part, b[tile.rows]) for tile, part in zip(tiles, hidden, strict=True)
-        ]
+        adapted, hidden = product.multiply(kept, y, down.to(x.dtype), up.to(x.dtype))
         ctx.save_for_backward(kept, *hidden)
         ctx.leaves = (down, up)
-        ctx.rest = (tiles, dropout, features)
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        ctx.rest = (product, dropout, features)
+        return adapted
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept, *hidden = ctx.saved_tensors
         down, up = ctx.leaves
-        tiles, dropout, features = ctx.rest
+        product, dropout, features = ctx.rest
         (gradient,) = gradients
-        a, b = down.to(kept.dtype), up.to(kept.dtype)
-        inputs = []
-        for tile, part in zip(tiles, hidden, strict=True):
-            outer = gradient[tile.tokens]
-            inner = (outer @ b[tile.rows].T).mul_(tile.gate)
-            _add_product(down.grad[tile.rows], inner.T, kept[tile.tokens])
-            _add_product(up.grad[tile.rows], part.T, outer)
-            if ctx.needs_input_grad[0]:
-                inputs.append(inner @ a[tile.rows])
-        to_x = None
-        if inputs:
-            to_x = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
-            if dropout is not None:
-                to_x = to_x.mul_(keep_mask(dropout[0], features, dropout[1], to_x.dtype))
+        to_x = product.gradients(
+            gradient,
+            kept,
+            hidden,
+            down.to(kept.dtype),
+            up.to(kept.dtype),
+            down.grad,
+            up.grad,
+            ctx.needs_input_grad[0],
+        )
+        if to_x is not None and dropout is not None:
+            to_x = to_x.mul_(keep_mask(dropout[0], features, dropout[1], to_x.dtype))
         return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, None, None, None
-
-
-def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left @ right, in the dtype of `into`."""
-    if into.dtype == left.dtype:
-        into.addmm_(left, right)
-    else:
-        into.add_(left @ right)
 
 
 class StackedModel:
@@ -257,10 +229,13 @@ class StackedModel:
         return states
 
 
-def plan_tiles(
+def plan_products(
     rows: RankRows, packed: PackedTokens, slots: Sequence[int], dtype: torch.dtype
-) -> dict[str, tuple[Tile, ...]]:
-    """How each module multiplies a packed row with the rank rows: in one product, or tile by tile.
+) -> dict[str, RowProduct]:
+    """How each module multiplies a packed row with the rank rows.
+
+    One dense product while there are few rank rows; of many, a grouped product where the slots have one capacity and
+    lie together; else dense products tile by tile.
 
     Args:
         rows: the adapters.
@@ -276,14 +251,45 @@ def plan_tiles(
             groups[-1].append(part)
         else:
             groups.append([part])
-    tiles: dict[tuple[float, ...], tuple[Tile, ...]] = {}
+    grouped = len(groups) > 1 and _may_be_grouped(rows, slots, dtype)
+    products: dict[tuple[float, ...], RowProduct] = {}
     planned = {}
     for module in rows.targets:
         scalings = tuple(rows.scaling(slot, module) for slot in slots)
-        if scalings not in tiles:
-            tiles[scalings] = tuple(_tile(rows, packed, slots, group, scalings, dtype) for group in groups)
-        planned[module] = tiles[scalings]
+        if scalings not in products:
+            products[scalings] = (
+                _grouped(rows, packed, slots, scalings, dtype)
+                if grouped
+                else TiledProduct(
+                    tuple(_tile(rows, packed, slots, group, scalings, dtype) for group in groups)
+                )
+            )
+        planned[module] = products[scalings]
     return planned
+
+
+def _may_be_grouped(rows: RankRows, slots: Sequence[int], dtype: torch.dtype) -> bool:
+    capacities = [rows.row_ranges[slot][1] - rows.row_ranges[slot][0] for slot in slots]
+    neighbours = slots[-1] - slots[0] + 1 == len(slots)
+    widths = [width for shape in rows.targets.values() for width in shape]
+    return neighbours and may_be_grouped(capacities, widths, rows.values.shape[1], dtype)
+
+
+def _grouped(
+    rows: RankRows,
+    packed: PackedTokens,
+    slots: Sequence[int],
+    scalings: Sequence[float],
+    dtype: torch.dtype,
+) -> GroupedProduct:
+    device = packed.owner_of_token.device
+    first, last = rows.row_ranges[slots[0]], rows.row_ranges[slots[-1]]
+    return GroupedProduct(
+        rows=slice(first[0], last[1]),
+        capacity=first[1] - first[0],
+        ends=torch.tensor([end for _, end in packed.token_ranges], dtype=torch.int32, device=device),
+        scaling=torch.tensor(scalings, dtype=dtype, device=device)[packed.owner_of_token][:, None],
+    )
 
 
 def _tile(

@@ -25,7 +25,7 @@ from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
-from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_tiles
+from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_products
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.reports import check_finite, client_report
 from fedsim.training.row_optimizers import RowOptimizer, SlotStep
@@ -239,7 +239,7 @@ class PackedTrainer:
             )
             weights = share[packed.owner_of_label].to(rows.values.dtype)
             plan = StepPlan(
-                plan_tiles(rows, packed, [part.runner.slot for part in parts], self.model.dtype),
+                plan_products(rows, packed, [part.runner.slot for part in parts], self.model.dtype),
                 self._lora_dropout(parts, round_index),
             )
             with self.model.planned(plan):

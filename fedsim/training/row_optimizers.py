@@ -59,7 +59,7 @@ class RowOptimizer:
     def step(self, steps: Sequence[SlotStep]) -> None:
         """Clip, update and clear the gradients of all slots named in `steps`; all of one kind of optimizer.
 
-        Slots that are not named keep values and state, whatever their gradients are.
+        Slots that are not named keep values and state, whatever their (finite) gradients are.
         """
         with torch.no_grad():
             self._clip(steps)

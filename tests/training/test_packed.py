@@ -11,7 +11,7 @@ from fedsim.errors import TrainingError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import AdaptedModel
-from fedsim.models.stacked import StackedModel
+from fedsim.models.stacked import StackedModel, plan_products
 from fedsim.models.targets import find_targets
 from fedsim.training.packed import PackedTrainer
 from fedsim.training.packs import ClientJob, Pack
@@ -281,3 +281,25 @@ def test_gradient_checkpointing_changes_nothing(family, store):
     assert_same(again, kept, 1e-12)
     assert not model.training
     stacked.unwrap()
+
+
+def test_grouped_products_equal_the_sequential_trainer(store, monkeypatch):
+    """Equal ranks that are multiples of 4, too many for one dense product, in float32."""
+    seen = []
+
+    def watched(*arguments):
+        planned = plan_products(*arguments)
+        seen.extend(type(product).__name__ for product in planned.values())
+        return planned
+
+    monkeypatch.setattr("fedsim.training.packed.plan_products", watched)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+    targets = find_targets(tiny_opt(**sizes), FAMILIES["opt-all"][1])
+    local = replace(ADAMW, lora_dropout=0.3, optimizer=OptimizerSettings("sgd", lr=1.0))
+    starts = [random_adapter(targets, 16, torch.float32, seed) for seed in range(6)]
+    jobs = clients(store, (local,))
+    alone = train_sequential(tiny_opt(**sizes), FAMILIES["opt-all"][1], jobs, starts, store)
+    packed = train_packed(tiny_opt(**sizes), FAMILIES["opt-all"][1], jobs, starts, store, max_slots=6)
+    assert "GroupedProduct" in seen
+    assert_same(packed, alone, 1e-5)
+    assert max(worst_difference(u.adapter, s) for u, s in zip(packed, starts, strict=True)) > 1e-2

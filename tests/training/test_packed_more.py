@@ -29,7 +29,7 @@ from fedsim.models.head import LinearHead, frozen_cross_entropy
 from fedsim.models.pack_check import alone_logits, packing_problem
 from fedsim.models.packing import BUCKET_STEP, layout_of, pack_tokens, packed_attention
 from fedsim.models.rows import RankRows
-from fedsim.models.stacked import StackedModel, StepPlan, plan_tiles
+from fedsim.models.stacked import StackedModel, StepPlan, plan_products
 from fedsim.models.targets import find_targets
 from fedsim.server.engine import build_engine
 from fedsim.training.packed import PackedTrainer
@@ -91,7 +91,7 @@ def loaded_rows(
     engine.attach(rows)
     examples = [np.asarray(EXAMPLES[member]) + (20 * seeds if member else 0) for member in members]
     packed = pack_tokens(store, examples, CPU)
-    with engine.planned(StepPlan(plan_tiles(rows, packed, range(len(members)), DOUBLE))):
+    with engine.planned(StepPlan(plan_products(rows, packed, range(len(members)), DOUBLE))):
         engine.label_losses(packed, weights(packed, len(members))).sum().backward()
     return rows
 
@@ -328,8 +328,8 @@ def count_operations(num_clients: int, targets: tuple[str, ...], num_layers: int
         rows.load(slot, random_adapter(engine.targets, 1, torch.float32, slot))
     engine.attach(rows)
     packed = pack_tokens(texts, [np.asarray([client]) for client in range(num_clients)], CPU)
-    plan = StepPlan(plan_tiles(rows, packed, range(num_clients), torch.float32))
-    assert all(len(tiles) == 1 for tiles in plan.tiles.values())
+    plan = StepPlan(plan_products(rows, packed, range(num_clients), torch.float32))
+    assert all(len(product.tiles) == 1 for product in plan.products.values())
     weights = torch.ones(len(packed.label_rows))
     with engine.planned(plan), Watch() as watch:
         engine.label_losses(packed, weights).sum().backward()
