@@ -65,7 +65,7 @@ def test_offline_run_is_recorded_inside_the_folder_and_continued(folder, capfd):
     run_id = (folder.path / "wandb" / "run_id.txt").read_text().strip()
     runs = offline_runs(folder)
     assert len(set(runs)) >= 1
-    assert all(name.endswith(run_id) for name in runs)
+    assert all(run_id in name for name in runs)
     recorded = b"".join(
         path.read_bytes() for path in (folder.path / "wandb").glob(f"offline-run-*/run-{run_id}.wandb")
     )
