@@ -15,7 +15,8 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.losses import label_losses
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
-from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_products
+from fedsim.models.stacked import StackedModel, StepPlan, plan_products
+from fedsim.models.targets import check_same_modules
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -21,6 +21,7 @@ from fedsim.models.dropout import (
     seeded_global_generators,
     token_keys,
 )
+from fedsim.models.targets import check_same_modules, set_module
 from fedsim.seeding import derive_seed
 
 LORA_DROPOUT = "lora_dropout"
@@ -105,10 +106,10 @@ class AdaptedModel:
         self.targets = dict(targets)
         self._linears: dict[str, LoraLinear] = {}
         for index, path in enumerate(targets):
-            parent_path, _, leaf = path.rpartition(".")
-            parent = model.get_submodule(parent_path)
-            linear = LoraLinear(getattr(parent, leaf), index)
-            setattr(parent, leaf, linear)
+            base = model.get_submodule(path)
+            assert isinstance(base, nn.Linear), "find_targets gives linear modules only"
+            linear = LoraLinear(base, index)
+            set_module(model, path, linear)
             self._linears[path] = linear
 
     def load(self, adapter: AdapterState | None, trainable: bool = False) -> list[Tensor]:
@@ -124,11 +125,8 @@ class AdaptedModel:
         Raises:
             AdapterError: the adapter's modules or shapes are not those of the base.
         """
-        if adapter is not None and list(adapter) != list(self._linears):
-            raise AdapterError(
-                f"the adapter must hold the {len(self._linears)} target modules of the base in order, got "
-                f"{len(adapter)} modules"
-            )
+        if adapter is not None:
+            check_same_modules(adapter, self.targets)
         leaves: list[Tensor] = []
         for path, linear in self._linears.items():
             if adapter is None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsim.errors import AdapterError, ModelError
+from fedsim.errors import ModelError
 from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, no_base_dropout
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
 from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
 from fedsim.models.rows import RankRows
+from fedsim.models.targets import set_module
 
 DENSE_SHARE = 4
 """One dense product over all rank rows pays while they are at most 1 / DENSE_SHARE of a module's width."""
@@ -162,13 +163,13 @@ class StackedModel:
             self.checkpoint_gradients = True
         for index, (path, (in_features, _)) in enumerate(targets.items()):
             linear = StackedLinear(model.get_submodule(path), path, index, in_features, device)
-            _set_module(model, path, linear)
+            set_module(model, path, linear)
             self._linears[path] = linear
 
     def unwrap(self) -> None:
         """Give the model back as it was."""
         for path, linear in self._linears.items():
-            _set_module(self.model, path, linear.base)
+            set_module(self.model, path, linear.base)
         self._linears = {}
         if self.checkpoint_gradients:
             _renamed(self.model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
@@ -322,20 +323,3 @@ def _plain_head(model: Any) -> Head:
     if not isinstance(head, nn.Linear) or model.base_model is model:
         raise ModelError("the model must have a body and a linear output head")
     return make_head(head)
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def check_same_modules(adapter: Mapping[str, object], targets: Mapping[str, object]) -> None:
-    """Check that an adapter holds the target modules, in their order.
-
-    Raises:
-        AdapterError: it does not.
-    """
-    if list(adapter) != list(targets):
-        raise AdapterError(
-            f"the adapter must hold the {len(targets)} target modules of the base in order, got {len(adapter)} modules"
-        )

@@ -1,11 +1,11 @@
 """Which linear modules of a base model get an adapter."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from fedsim.errors import ConfigError
+from fedsim.errors import AdapterError, ConfigError
 
 
 def find_targets(model: nn.Module, target_modules: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -94,3 +94,21 @@ def _adaptable_names(model: nn.Module) -> list[str]:
 def _output_head(model: nn.Module) -> nn.Module | None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return head if isinstance(head, nn.Module) else None
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path of the model."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def check_same_modules(adapter: Mapping[str, object], targets: Mapping[str, object]) -> None:
+    """Check that an adapter holds the target modules, in their order.
+
+    Raises:
+        AdapterError: it does not.
+    """
+    if list(adapter) != list(targets):
+        raise AdapterError(
+            f"the adapter must hold the {len(targets)} target modules of the base in order, got {len(adapter)} modules"
+        )

@@ -20,6 +20,7 @@ import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from fedsim.atomic import remove_unfinished, write_text_atomic
+from fedsim.config.keys import flatten
 from fedsim.errors import RunFolderError
 
 CONFIG_FILE = "config.yaml"
@@ -225,8 +226,8 @@ def _has_results(path: Path) -> bool:
 
 
 def _refuse_other_config(path: Path, config_yaml: str, safe_keys: Sequence[str]) -> None:
-    before = _leaves(_read_config(path / CONFIG_FILE))
-    now = _leaves(
+    before = flatten(_read_config(path / CONFIG_FILE))
+    now = flatten(
         yaml.safe_load(config_yaml)
     )  # through the same reader, so that equal text is an equal value
     if not before:
@@ -256,17 +257,6 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(tree, dict) or not tree:
         raise RunFolderError(f"{path} must hold a configuration tree; delete the run folder")
     return tree
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value. A list is a value."""
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            leaves.update(_leaves(value, f"{prefix}{name}."))
-        else:
-            leaves[f"{prefix}{name}"] = value
-    return leaves
 
 
 def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:

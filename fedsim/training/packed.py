@@ -25,7 +25,8 @@ from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
-from fedsim.models.stacked import StackedModel, StepPlan, check_same_modules, plan_products
+from fedsim.models.stacked import StackedModel, StepPlan, plan_products
+from fedsim.models.targets import check_same_modules
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.reports import check_finite, client_report
 from fedsim.training.row_optimizers import RowOptimizer, SlotStep
@@ -46,6 +47,7 @@ class _Runner:
     job: ClientJob
     start: AdapterState
     steps: list[list[Ints]]
+    num_targets: list[int]
     losses: list[float] = field(default_factory=list)
     trained_tokens: int = 0
     seconds: float = 0.0
@@ -125,7 +127,12 @@ class PackedTrainer:
                         rows.load(slot, starts[position])
                         optimizer.forget(slot)
                         active[slot] = _Runner(
-                            slot, position, pack.jobs[position], starts[position], schedules[position]
+                            slot,
+                            position,
+                            pack.jobs[position],
+                            starts[position],
+                            schedules[position],
+                            [self._count_targets(step) for step in schedules[position]],
                         )
                 self._step(rows, optimizer, [active[slot] for slot in sorted(active)], round_index)
                 for slot in sorted(active):
@@ -177,7 +184,7 @@ class PackedTrainer:
             )
         share = (time.perf_counter() - began) / len(runners)
         for runner, loss in zip(healthy, losses, strict=True):
-            runner.trained_tokens += self._num_targets(runner)
+            runner.trained_tokens += runner.num_targets[runner.step]
             runner.losses.append(loss)
         for runner in runners:
             runner.seconds += share
@@ -233,7 +240,7 @@ class PackedTrainer:
             self._padded_rows += packed.layout.num_padded_rows
             self._tokens += packed.input_ids.numel()
             share = torch.tensor(
-                [1.0 / self._num_targets(part.runner) for part in parts],
+                [1.0 / part.runner.num_targets[part.runner.step] for part in parts],
                 dtype=torch.float64,
                 device=self.model.device,
             )
@@ -269,11 +276,9 @@ class PackedTrainer:
                     current.append(_Part(runner, (examples,), index))
         return passes
 
-    def _num_targets(self, runner: _Runner) -> int:
-        """Label tokens of the client's current step, all its micro-batches together."""
-        if runner.step >= len(runner.steps):
-            return 0
-        return int(self.store.num_label_tokens[np.concatenate(runner.steps[runner.step])].sum())
+    def _count_targets(self, micro_batches: Sequence[Ints]) -> int:
+        """Label tokens of a step, all its micro-batches together."""
+        return int(self.store.num_label_tokens[np.concatenate(micro_batches)].sum())
 
     def _lora_dropout(self, parts: Sequence[_Part], round_index: int) -> tuple[Tensor, float] | None:
         probabilities = {part.runner.job.settings.lora_dropout for part in parts}
