@@ -4,16 +4,14 @@ Shapes: K clients in the cohort; A (r, i) and B (o, r) of one module, r = LoRA r
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fedsim.aggregation.strategy import ClientWeights
 from fedsim.errors import AggregationError
 from fedsim.lora.factors import LoraFactors
 from fedsim.lora.updates import ClientReport
-
-ClientWeights = Literal["examples", "tokens", "uniform"]
 
 
 def client_weights(reports: Sequence[ClientReport], kind: ClientWeights) -> tuple[float, ...]:
@@ -63,13 +61,14 @@ def average_factors(cohort: Sequence[LoraFactors], weights: Sequence[float]) -> 
             f"averaging factors needs one LoRA rank and scaling in the cohort, got LoRA ranks {ranks}"
         )
     return LoraFactors(
-        _weighted_sum([factors.A for factors in cohort], weights),
-        _weighted_sum([factors.B for factors in cohort], weights),
+        weighted_sum([factors.A for factors in cohort], weights),
+        weighted_sum([factors.B for factors in cohort], weights),
         cohort[0].scaling,
     )
 
 
-def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_k p_k x_k in float64, in the order given, rounded once to the dtype of the tensors, which share one shape."""
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)

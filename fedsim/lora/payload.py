@@ -3,7 +3,10 @@
 import pickle
 import sys
 
+import torch
+
 from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import BOTH, Sides
 
 MIB = 1024**2
 
@@ -11,7 +14,7 @@ ADDRESS_DIGITS = 15
 """Of the memory addresses of most processes on 64-bit Linux."""
 
 
-def pickled_payload_mib(adapter: AdapterState) -> float:
+def pickled_payload_mib(adapter: AdapterState, sides: Sides = BOTH) -> float:
     """Size in MiB of the pickled state dict: the communication cost of arXiv 2502.18910, Table 1.
 
     That table's figures are those of the Plato framework, which measures the Python object that holds the pickled
@@ -22,9 +25,10 @@ def pickled_payload_mib(adapter: AdapterState) -> float:
     """
     tensors = {}
     for module, factors in adapter.items():
-        # cloned, because a view would be pickled with all the memory behind it
-        tensors[f"base_model.model.{module}.lora_A.weight"] = factors.A.detach().cpu().clone()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = factors.B.detach().cpu().clone()
+        for side in sorted(sides):
+            # cloned, because a view would be pickled with all the memory behind it
+            factor = getattr(factors, side).detach().cpu().clone(memory_format=torch.contiguous_format)
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = factor
     data = pickle.dumps(tensors)
     surplus = 0
     for tensor in tensors.values():

@@ -2,21 +2,56 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+
+import torch
 
 from fedsim.lora.factors import AdapterState
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """The server between two rounds. A checkpoint is this and the configuration.
+    """The server between two rounds. A checkpoint is this, the clients' own state, and the configuration.
 
     Attributes:
         round_index: the round to run next, from 0.
         adapter: the global adapter.
-        strategy_state: whatever else the strategy keeps, as named adapters (momentum, personal adapters, ...).
+        strategy_state: whatever else the strategy keeps, as named adapters (momentum, control variates, ...).
+        base_update: what the base's weights have gained so far, as factors with `delta_weight()` = the gain; None for a
+            base that is as it was loaded.
+        client_versions: client -> round in which the newest version of its own state was written. The tensors lie on
+            disk; see `fedsim.server.client_store`.
     """
 
     round_index: int
     adapter: AdapterState
-    strategy_state: Mapping[str, AdapterState] = field(default_factory=lambda: MappingProxyType({}))
+    strategy_state: Mapping[str, AdapterState] = field(default_factory=dict)
+    base_update: AdapterState | None = None
+    client_versions: Mapping[int, int] = field(default_factory=dict)
+
+    def adapters(self) -> dict[str, AdapterState]:
+        """All adapters of the state by a name of their own: "adapter", "base_update", "strategy/...."."""
+        named = {"adapter": self.adapter}
+        if self.base_update is not None:
+            named["base_update"] = self.base_update
+        return named | {f"strategy/{name}": entry for name, entry in self.strategy_state.items()}
+
+    def with_adapters(self, adapters: Mapping[str, AdapterState]) -> "ServerState":
+        """The state with these adapters, named as in `adapters()`, instead of its own."""
+        entries = {
+            name.removeprefix("strategy/"): entry
+            for name, entry in adapters.items()
+            if name.startswith("strategy/")
+        }
+        return ServerState(
+            self.round_index,
+            adapters["adapter"],
+            entries,
+            adapters.get("base_update"),
+            self.client_versions,
+        )
+
+    def to(self, device: torch.device | str) -> "ServerState":
+        """The state with all its tensors on `device`; itself if they are there."""
+        if all(factors.A.device == torch.device(device) for factors in self.adapter.values()):
+            return self
+        return self.with_adapters({name: entry.to(device) for name, entry in self.adapters().items()})

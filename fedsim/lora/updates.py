@@ -22,8 +22,10 @@ class ClientReport:
         train_loss_last: loss of the last step.
         train_loss_mean: mean over the steps.
         trained_tokens: label tokens seen in the whole local run.
-        uplink_bytes: bytes of the factors it returns.
-        downlink_bytes: bytes of the factors it received.
+        trained_parameters: values of its adapter that are trained.
+        lr_sum: sum of the learning rates of its steps.
+        uplink_bytes: what it sends.
+        downlink_bytes: what it received.
         pack: index of its pack in the round.
         process_rank: process that trained it.
         seconds: wall time of its local run, tests not included.
@@ -42,6 +44,8 @@ class ClientReport:
     train_loss_last: float
     train_loss_mean: float
     trained_tokens: int
+    trained_parameters: int
+    lr_sum: float
     uplink_bytes: int
     downlink_bytes: int
     pack: int

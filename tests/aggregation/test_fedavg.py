@@ -14,10 +14,11 @@ from fedsim.errors import AggregationError, ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport
+from tests.cohorts import make_federation, make_report
 
 
 def report(client_id: int, num_examples: int = 1, num_tokens: int = 1) -> ClientReport:
-    return ClientReport(client_id, num_examples, num_tokens, 2, 1, 1.0, 1.0, 1.0, 1, 0, 0, 0, 0, 1.0)
+    return make_report(client_id, num_examples, num_tokens=num_tokens)
 
 
 def random_factors(seed: int, rank: int = 2, in_features: int = 5, out_features: int = 4) -> LoraFactors:
@@ -30,11 +31,11 @@ def random_factors(seed: int, rank: int = 2, in_features: int = 5, out_features:
 
 
 def one_round(cohort: list[AdapterState], counts: list[int], weighting: str = "examples") -> AdapterState:
-    strategy = build_strategy("fedavg", weighting)
+    strategy = build_strategy("fedavg", make_federation(weighting=weighting))
     state = ServerState(0, cohort[0])
     reports = [report(client_id, count, 10 * count + client_id) for client_id, count in enumerate(counts)]
     factors = ((module, tuple(adapter[module] for adapter in cohort)) for module in cohort[0])
-    after = strategy.aggregate(state, reports, factors)
+    after = strategy.aggregate(state, reports, factors).state
     assert after.round_index == 1
     return strategy.export(after)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fedsim.errors import AdapterError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.initial import initial_adapter, lora_scaling
+from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import load_peft_adapter, save_peft_adapter
 from fedsim.models.adapted import AdaptedModel
@@ -21,7 +21,7 @@ SHAPES = {"layers.0.q_proj": (16, 8), "layers.1.v_proj": (12, 16)}
 
 def random_adapter(rank: int = 3, use_rslora: bool = False) -> AdapterState:
     generator = torch.Generator().manual_seed(1)
-    start = initial_adapter(SHAPES, rank, 16.0, use_rslora, 0)
+    start = initial_adapter(SHAPES, dict.fromkeys(SHAPES, rank), ScalingRule(16.0, use_rslora), 0)
     return AdapterState(
         {
             m: LoraFactors(f.A, torch.randn(f.B.shape, generator=generator), f.scaling)
@@ -43,12 +43,12 @@ def test_delta_weight_includes_the_scaling():
 
 
 def test_scaling():
-    assert lora_scaling(16, 4, use_rslora=False) == 4
-    assert lora_scaling(16, 4, use_rslora=True) == 8
+    assert ScalingRule(16)(4) == 4
+    assert ScalingRule(16, use_rslora=True)(4) == 8
 
 
 def test_initial_adapter_is_pefts_draw_and_computes_nothing():
-    adapter = initial_adapter({"m": (400, 30)}, 8, 16.0, False, 0)
+    adapter = initial_adapter({"m": (400, 30)}, dict.fromkeys({"m": (400, 30)}, 8), ScalingRule(16.0), 0)
     a = adapter["m"].A
     bound = 1 / math.sqrt(400)
     assert float(a.abs().max()) <= bound
@@ -60,17 +60,20 @@ def test_initial_adapter_is_pefts_draw_and_computes_nothing():
 
 
 def test_initial_adapter_depends_on_seed_and_module_alone():
-    both = initial_adapter(SHAPES, 2, 16.0, False, 4)
-    one = initial_adapter({"layers.1.v_proj": (12, 16)}, 2, 16.0, False, 4)
+    both = initial_adapter(SHAPES, dict.fromkeys(SHAPES, 2), ScalingRule(16.0), 4)
+    one = initial_adapter(
+        {"layers.1.v_proj": (12, 16)}, dict.fromkeys({"layers.1.v_proj": (12, 16)}, 2), ScalingRule(16.0), 4
+    )
     assert torch.equal(both["layers.1.v_proj"].A, one["layers.1.v_proj"].A)
     assert not torch.equal(
-        both["layers.1.v_proj"].A, initial_adapter(SHAPES, 2, 16.0, False, 5)["layers.1.v_proj"].A
+        both["layers.1.v_proj"].A,
+        initial_adapter(SHAPES, dict.fromkeys(SHAPES, 2), ScalingRule(16.0), 5)["layers.1.v_proj"].A,
     )
 
 
 def test_a_rank_above_a_modules_smaller_side_is_refused():
     with pytest.raises(AdapterError, match=r"lora\.rank must be at most 8.*layers\.0\.q_proj.*got 9"):
-        initial_adapter(SHAPES, 9, 16.0, False, 0)
+        initial_adapter(SHAPES, dict.fromkeys(SHAPES, 9), ScalingRule(16.0), 0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_communication_cost_of_cllora_table_1(hidden, layers, raw_bytes, mib):
         for layer in range(layers)
         for name in ("v_proj", "q_proj")
     }
-    adapter = initial_adapter(shapes, 2, 16.0, False, 0)
+    adapter = initial_adapter(shapes, dict.fromkeys(shapes, 2), ScalingRule(16.0), 0)
     assert adapter.num_bytes == raw_bytes
     assert adapter.num_bytes == 4 * adapter.num_parameters
     assert pickled_payload_mib(adapter) == pytest.approx(mib, abs=0.01)
