@@ -50,7 +50,8 @@ from fedsim.data.batches import collate
 from fedsim.data.corpus import TextSet
 from fedsim.data.tokens import TokenStore, build_token_store
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.initial import initial_adapter
+from fedsim.lora.initial import ScalingRule, initial_adapter
+from fedsim.lora.plan import ClientPlan
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.cpu_linear import PackedMatrix, prepack_frozen_linears
 from fedsim.models.stacked import StackedModel
@@ -221,7 +222,13 @@ def build(options: argparse.Namespace) -> Bench:
         jobs.append(ClientJob(client_id, examples, tokens, 1, None, tokens, local))
     targets = find_targets(base, TARGETS[options.targets])
     starts = [
-        initial_adapter(targets, options.rank, 2.0 * options.rank, False, seed=job.client_id) for job in jobs
+        initial_adapter(
+            targets,
+            dict.fromkeys(targets, options.rank),
+            ScalingRule(2.0 * options.rank),
+            seed=job.client_id,
+        )
+        for job in jobs
     ]
     return Bench(base, store, tuple(jobs), starts, TARGETS[options.targets], device, options.threads)
 
@@ -286,7 +293,7 @@ def contenders(options: argparse.Namespace, bench: Bench, folder: Path) -> dict[
 
 def with_fedsim(trainer: Any, bench: Bench) -> Contender:
     def run() -> Losses:
-        updates = trainer.train(Pack(0, bench.jobs), bench.starts, 0)
+        updates = trainer.train(Pack(0, bench.jobs), [ClientPlan(start) for start in bench.starts], 0)
         return [update.report.train_loss_mean for update in updates]
 
     return run

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedsim.errors import AdapterError
 from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.plan import NEITHER, Sides
 from fedsim.models.dropout import (
     feature_keys,
     keep_mask,
@@ -112,22 +113,22 @@ class AdaptedModel:
             set_module(model, path, linear)
             self._linears[path] = linear
 
-    def load(self, adapter: AdapterState | None, trainable: bool = False) -> list[Tensor]:
+    def load(self, adapter: AdapterState | None, trainable: Sides = NEITHER) -> dict[str, LoraFactors]:
         """Put an adapter on the base; None takes it off.
 
         Args:
             adapter: factors of all target modules; copied, so that training never writes into them.
-            trainable: give the copies a gradient.
+            trainable: factors whose copies have a gradient.
 
         Returns:
-            The copies as leaf tensors: A and B of each module, in model order.
+            The copies, leaf tensors, by module in model order; what is written into them is on the base.
 
         Raises:
             AdapterError: the adapter's modules or shapes are not those of the base.
         """
         if adapter is not None:
             check_same_modules(adapter, self.targets)
-        leaves: list[Tensor] = []
+        live: dict[str, LoraFactors] = {}
         for path, linear in self._linears.items():
             if adapter is None:
                 linear.factors = None
@@ -137,11 +138,11 @@ class AdaptedModel:
                 raise AdapterError(
                     f"factors of {path} must have (in, out) {self.targets[path]}, got {wanted}"
                 )
-            linear.factors = adapter[path].map(
-                lambda factor: factor.detach().to(self.device, copy=True).requires_grad_(trainable)
-            )
-            leaves += [linear.factors.A, linear.factors.B]
-        return leaves
+            linear.factors = adapter[path].map(lambda factor: factor.detach().to(self.device, copy=True))
+            linear.factors.A.requires_grad_("A" in trainable)
+            linear.factors.B.requires_grad_("B" in trainable)
+            live[path] = linear.factors
+        return live
 
     def read(self) -> AdapterState:
         """The adapter as it stands, copied and without gradients."""

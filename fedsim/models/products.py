@@ -36,8 +36,8 @@ class RowProduct(Protocol):
         kept: Sequence[Tensor],
         a: Tensor,
         b: Tensor,
-        into_a: Tensor,
-        into_b: Tensor,
+        into_a: Tensor | None,
+        into_b: Tensor | None,
         wants_input: bool,
     ) -> Tensor | None:
         """Add the gradients of a and b into their buffers; that of x is returned if it is wanted.
@@ -48,8 +48,8 @@ class RowProduct(Protocol):
             kept: what `multiply` returned.
             a: as in `multiply`.
             b: as in `multiply`.
-            into_a: (R, i), may be of a wider dtype.
-            into_b: (R, o).
+            into_a: (R, i), may be of a wider dtype; None to leave it out.
+            into_b: (R, o); None to leave it out.
             wants_input: whether x needs a gradient.
         """
         ...
@@ -92,8 +92,8 @@ class TiledProduct:
         kept: Sequence[Tensor],
         a: Tensor,
         b: Tensor,
-        into_a: Tensor,
-        into_b: Tensor,
+        into_a: Tensor | None,
+        into_b: Tensor | None,
         wants_input: bool,
     ) -> Tensor | None:
         """See `RowProduct`."""
@@ -101,8 +101,10 @@ class TiledProduct:
         for tile, hidden in zip(self.tiles, kept, strict=True):
             part = outer[tile.tokens]
             inner = (part @ b[tile.rows].T).mul_(tile.gate)
-            _add_product(into_a[tile.rows], inner.T, x[tile.tokens])
-            _add_product(into_b[tile.rows], hidden.T, part)
+            if into_a is not None:
+                _add_product(into_a[tile.rows], inner.T, x[tile.tokens])
+            if into_b is not None:
+                _add_product(into_b[tile.rows], hidden.T, part)
             if wants_input:
                 inputs.append(inner @ a[tile.rows])
         if not wants_input:
@@ -138,16 +140,18 @@ class GroupedProduct:
         kept: Sequence[Tensor],
         a: Tensor,
         b: Tensor,
-        into_a: Tensor,
-        into_b: Tensor,
+        into_a: Tensor | None,
+        into_b: Tensor | None,
         wants_input: bool,
     ) -> Tensor | None:
         """See `RowProduct`."""
         (hidden,) = kept
         outer = outer.contiguous()  # an expanded gradient has strides that grouped products refuse
         inner = F.grouped_mm(outer, self._by_client(b).transpose(1, 2), offs=self.ends).mul_(self.scaling)
-        self._by_client(into_a).add_(F.grouped_mm(inner.T, x, offs=self.ends))
-        self._by_client(into_b).add_(F.grouped_mm(hidden.T, outer, offs=self.ends))
+        if into_a is not None:
+            self._by_client(into_a).add_(F.grouped_mm(inner.T, x, offs=self.ends))
+        if into_b is not None:
+            self._by_client(into_b).add_(F.grouped_mm(hidden.T, outer, offs=self.ends))
         return F.grouped_mm(inner, self._by_client(a), offs=self.ends) if wants_input else None
 
     def _by_client(self, rows: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class RankRows:
         gradients: (R, W).
         slot_of_row: (R,) int64.
         row_ranges: first row and end of each slot.
+        widths: columns of A and B of each module in turn.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RankRows:
         self.slot_of_row = torch.repeat_interleave(
             torch.arange(len(capacities)), torch.tensor(capacities)
         ).to(device)
+        self.widths = [width for shape in targets.values() for width in shape]
         self._columns: dict[str, tuple[slice, slice]] = {}
         width = 0
         for module, (in_features, out_features) in targets.items():
@@ -70,17 +72,24 @@ class RankRows:
         """Put a client's adapter into a slot; its gradient becomes 0."""
         self.clear(slot)
         first, _ = self.row_ranges[slot]
-        ranks = {module: adapter[module].rank for module in self.targets}
-        most = max(ranks.values())
-        parts: list[Tensor] = []
-        for module, rank in ranks.items():
-            pair = (adapter[module].A, adapter[module].B.T)
-            # where ranks differ between modules, rows of 0 fill up
-            parts += pair if rank == most else [F.pad(part, (0, 0, 0, most - rank)) for part in pair]
+        laid_out = self.laid_out(adapter)
         with torch.no_grad():
-            self.values[first : first + most] = torch.cat(parts, dim=1)  # one copy for all modules
+            self.values[first : first + len(laid_out)] = laid_out  # one copy for all modules
         self._scalings[slot] = {module: adapter[module].scaling for module in self.targets}
-        self._ranks[slot] = ranks
+        self._ranks[slot] = {module: adapter[module].rank for module in self.targets}
+
+    def laid_out(self, adapter: AdapterState) -> Tensor:
+        """(r, W) factors as rank rows, in their own dtype and on their own device, with r the largest LoRA rank.
+
+        Where ranks differ between modules, rows of 0 (False for masks) fill up.
+        """
+        ranks = [adapter[module].rank for module in self.targets]
+        most = max(ranks)
+        parts: list[Tensor] = []
+        for module, rank in zip(self.targets, ranks, strict=True):
+            pair = (adapter[module].A, adapter[module].B.T)
+            parts += pair if rank == most else [F.pad(part, (0, 0, 0, most - rank)) for part in pair]
+        return torch.cat(parts, dim=1)
 
     def clear(self, slot: int) -> None:
         """Empty a slot: its rows become 0."""
@@ -92,10 +101,9 @@ class RankRows:
 
     def read(self, slot: int) -> AdapterState:
         """A copy of the adapter in a slot."""
-        widths = [width for shape in self.targets.values() for width in shape]
         first, _ = self.row_ranges[slot]
         most = max(self._ranks[slot].values())
-        parts = iter(self.values[first : first + most].split_with_sizes(widths, dim=1))
+        parts = iter(self.values[first : first + most].split_with_sizes(self.widths, dim=1))
         modules = {}
         for module, rank in self._ranks[slot].items():
             down, up = next(parts), next(parts)
@@ -107,6 +115,10 @@ class RankRows:
                 self._scalings[slot][module],
             )
         return AdapterState(modules)
+
+    def rank(self, slot: int, module: str) -> int:
+        """LoRA rank of a module in a slot; 0 in an empty slot."""
+        return self._ranks[slot].get(module, 0)
 
     def scaling(self, slot: int, module: str) -> float:
         """Scaling of a module in a slot; 0 in an empty slot."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ModelError
+from fedsim.lora.plan import BOTH, Sides
 from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, no_base_dropout
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
@@ -33,10 +34,12 @@ class StepPlan:
     Attributes:
         products: how each module multiplies.
         dropout: (T,) keys of the tokens and the probability, or None.
+        trains: factors that any client in the row trains; the others get no gradient.
     """
 
     products: Mapping[str, RowProduct]
     dropout: tuple[Tensor, float] | None = None
+    trains: Sides = BOTH
 
 
 class StackedLinear(nn.Module):
@@ -65,6 +68,7 @@ class StackedLinear(nn.Module):
             self.plan.products[self.path],
             self.plan.dropout,
             self.features,
+            self.plan.trains,
         )
         return adapted.view(y.shape)
 
@@ -85,19 +89,20 @@ class _RankRowProduct(torch.autograd.Function):
         product: RowProduct,
         dropout: tuple[Tensor, float] | None,
         features: Tensor,
+        trains: Sides,
     ) -> Tensor:
         kept = x if dropout is None else x * keep_mask(dropout[0], features, dropout[1], x.dtype)
         adapted, hidden = product.multiply(kept, y, down.to(x.dtype), up.to(x.dtype))
         ctx.save_for_backward(kept, *hidden)
         ctx.leaves = (down, up)
-        ctx.rest = (product, dropout, features)
+        ctx.rest = (product, dropout, features, trains)
         return adapted
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         kept, *hidden = ctx.saved_tensors
         down, up = ctx.leaves
-        product, dropout, features = ctx.rest
+        product, dropout, features, trains = ctx.rest
         (gradient,) = gradients
         to_x = product.gradients(
             gradient,
@@ -105,13 +110,13 @@ class _RankRowProduct(torch.autograd.Function):
             hidden,
             down.to(kept.dtype),
             up.to(kept.dtype),
-            down.grad,
-            up.grad,
+            down.grad if "A" in trains else None,
+            up.grad if "B" in trains else None,
             ctx.needs_input_grad[0],
         )
         if to_x is not None and dropout is not None:
             to_x = to_x.mul_(keep_mask(dropout[0], features, dropout[1], to_x.dtype))
-        return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        return to_x, gradient if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
 class StackedModel:
@@ -253,19 +258,20 @@ def plan_products(
         else:
             groups.append([part])
     grouped = len(groups) > 1 and _may_be_grouped(rows, slots, dtype)
-    products: dict[tuple[float, ...], RowProduct] = {}
+    products: dict[tuple[tuple[float, ...], tuple[int, ...]], RowProduct] = {}
     planned = {}
     for module in rows.targets:
         scalings = tuple(rows.scaling(slot, module) for slot in slots)
-        if scalings not in products:
-            products[scalings] = (
+        ranks = tuple(rows.rank(slot, module) for slot in slots)
+        if (scalings, ranks) not in products:
+            products[scalings, ranks] = (
                 _grouped(rows, packed, slots, scalings, dtype)
                 if grouped
                 else TiledProduct(
-                    tuple(_tile(rows, packed, slots, group, scalings, dtype) for group in groups)
+                    tuple(_tile(rows, packed, slots, group, scalings, ranks, dtype) for group in groups)
                 )
             )
-        planned[module] = products[scalings]
+        planned[module] = products[scalings, ranks]
     return planned
 
 
@@ -299,12 +305,15 @@ def _tile(
     slots: Sequence[int],
     group: Sequence[int],
     scalings: Sequence[float],
+    ranks: Sequence[int],
     dtype: torch.dtype,
 ) -> Tile:
     tokens = slice(packed.token_ranges[group[0]][0], packed.token_ranges[group[-1]][1])
     rank_rows = slice(rows.row_ranges[slots[group[0]]][0], rows.row_ranges[slots[group[-1]]][1])
     if len(group) == 1:
-        return Tile(tokens, rank_rows, scalings[group[0]])
+        # the slot's other rows are 0
+        own_rows = slice(rank_rows.start, rank_rows.start + ranks[group[0]])
+        return Tile(tokens, own_rows, scalings[group[0]])
     device = packed.owner_of_token.device
     owner = packed.owner_of_token[tokens]
     slot_of_part = torch.tensor(slots, device=device)

@@ -19,21 +19,26 @@ from torch import Tensor
 
 from fedsim.data.tokens import TokenStore
 from fedsim.errors import TrainingError
-from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import ClientPlan, Side
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
-from fedsim.models.targets import check_same_modules
 from fedsim.training.packs import ClientJob, Pack
+from fedsim.training.plans import check_plan
 from fedsim.training.reports import check_finite, client_report
 from fedsim.training.row_optimizers import RowOptimizer, SlotStep
-from fedsim.training.settings import lr_factor
-from fedsim.training.slots import plan_slots
+from fedsim.training.row_terms import make_row_terms
+from fedsim.training.settings import learning_rate
+from fedsim.training.slots import plan_slots_within
 
 logger = logging.getLogger(__name__)
+
+MAX_ROW_VALUES = {"cuda": 2**31, "cpu": 2**29}
+"""Most values in the rank rows of all slots, of which there are four buffers, or up to seven with what plans add. So
+adapters of high rank have fewer slots: at full rank, a client of OPT-125M with six modules has 127 million values."""
 
 Ints = NDArray[np.int64]
 
@@ -45,7 +50,7 @@ class _Runner:
     slot: int
     position: int
     job: ClientJob
-    start: AdapterState
+    plan: ClientPlan
     steps: list[list[Ints]]
     num_targets: list[int]
     losses: list[float] = field(default_factory=list)
@@ -80,7 +85,7 @@ class PackedTrainer:
     Args:
         model: the base with adapter slots for several clients.
         store: training examples.
-        max_slots: clients that train at the same time.
+        max_slots: clients that train at the same time; fewer where their adapters exceed `MAX_ROW_VALUES`.
         max_tokens: tokens of a packed row; a step with more is cut into several rows, a larger micro-batch stays whole.
         drop_not_finite: leave out, with a warning, a client whose loss or adapter is not finite, instead of failing.
         process_rank: written into the reports.
@@ -104,44 +109,50 @@ class PackedTrainer:
         self._padded_rows = 0
         self._tokens = 0
 
-    def train(self, pack: Pack, starts: Sequence[AdapterState], round_index: int) -> list[ClientUpdate]:
+    def train(self, pack: Pack, plans: Sequence[ClientPlan], round_index: int) -> list[ClientUpdate]:
         """See `Trainer.train`. Clients that were left out are missing from the result."""
+        for plan in plans:
+            check_plan(plan, self.model.targets)
         schedules = [job.batches(round_index) for job in pack.jobs]
-        plan = plan_slots([len(steps) for steps in schedules], self.max_slots)
-        ranks = [max(factors.rank for factors in start.values()) for start in starts]
-        dtype = next(iter(starts[0].values())).A.dtype
-        capacities = [max(ranks[client] for client in queue) for queue in plan.queues]
+        width = sum(i + o for i, o in self.model.targets.values())
+        slots, capacities = plan_slots_within(
+            [len(steps) for steps in schedules],
+            [max(factors.rank for factors in plan.start.values()) for plan in plans],
+            self.max_slots,
+            MAX_ROW_VALUES[self.model.device.type] // width,
+        )
+        dtype = next(iter(plans[0].start.values())).A.dtype
         rows = RankRows(self.model.targets, capacities, dtype, self.model.device)
-        optimizer = RowOptimizer(rows)
+        terms = make_row_terms(rows, plans, [job.settings.proximal_mu for job in pack.jobs])
+        optimizer = RowOptimizer(rows, terms)
         self.model.attach(rows)
         self._padded_rows = self._tokens = 0
-        waiting = [list(queue) for queue in plan.queues]
+        waiting = [list(queue) for queue in slots.queues]
         active: dict[int, _Runner] = {}
         finished: dict[int, ClientUpdate] = {}
         try:
-            for _ in range(plan.num_steps):
+            for _ in range(slots.num_steps):
                 for slot in range(len(waiting)):
                     if slot not in active and waiting[slot]:
                         position = waiting[slot].pop(0)
-                        check_same_modules(starts[position], self.model.targets)
-                        rows.load(slot, starts[position])
-                        optimizer.forget(slot)
+                        job, plan = pack.jobs[position], plans[position]
+                        optimizer.load(slot, plan, job.settings.proximal_mu)
                         active[slot] = _Runner(
                             slot,
                             position,
-                            pack.jobs[position],
-                            starts[position],
+                            job,
+                            plan,
                             schedules[position],
                             [self._count_targets(step) for step in schedules[position]],
                         )
-                self._step(rows, optimizer, [active[slot] for slot in sorted(active)], round_index)
+                self._step(optimizer, [active[slot] for slot in sorted(active)], round_index)
                 for slot in sorted(active):
                     runner = active[slot]
                     if runner.step == len(runner.steps):
                         update = self._finish(rows, runner, pack.index, round_index)
                         if update is not None:
                             finished[runner.position] = update
-                        rows.clear(slot)
+                        optimizer.clear(slot)
                         del active[slot]
         finally:
             self.model.attach(None)
@@ -149,33 +160,26 @@ class PackedTrainer:
         return [
             replace(
                 update,
-                report=replace(update.report, pack_occupancy=plan.occupancy, pack_padding=padding),
+                report=replace(update.report, pack_occupancy=slots.occupancy, pack_padding=padding),
             )
             for _, update in sorted(finished.items())
         ]
 
-    def _step(
-        self, rows: RankRows, optimizer: RowOptimizer, runners: Sequence[_Runner], round_index: int
-    ) -> None:
+    def _step(self, optimizer: RowOptimizer, runners: Sequence[_Runner], round_index: int) -> None:
         """One optimizer step of every client that holds a slot."""
         began = time.perf_counter()
+        rows = optimizer.rows
         healthy = [runner for runner in runners if runner.problem is None]
         losses = self._gradients(rows, healthy, round_index) if healthy else []
         if healthy and not (np.isfinite(losses).all() and bool(torch.isfinite(rows.gradients).all())):
-            healthy, losses = self._gradients_one_by_one(rows, healthy, round_index)
+            healthy, losses = self._gradients_one_by_one(optimizer, healthy, round_index)
         if healthy:
             optimizer.step(
                 [
                     SlotStep(
                         slot=runner.slot,
                         settings=runner.job.settings.optimizer,
-                        lr=runner.job.settings.optimizer.lr
-                        * lr_factor(
-                            runner.step,
-                            len(runner.steps),
-                            runner.job.settings.schedule,
-                            runner.job.settings.warmup_steps,
-                        ),
+                        lr=learning_rate(runner.job.settings, runner.step, len(runner.steps)),
                         step=runner.step,
                         max_grad_norm=runner.job.settings.max_grad_norm,
                     )
@@ -192,13 +196,14 @@ class PackedTrainer:
                 runner.losses.append(float("nan"))  # its slot stays taken, so that nobody else's step changes
 
     def _gradients_one_by_one(
-        self, rows: RankRows, runners: Sequence[_Runner], round_index: int
+        self, optimizer: RowOptimizer, runners: Sequence[_Runner], round_index: int
     ) -> tuple[list[_Runner], list[float]]:
         """As `_gradients`, after something was not finite: find out whose it is and leave it out.
 
         A value that is not finite spreads to everybody in a joint product (0 times infinity is not a number), so each
         client is computed by itself.
         """
+        rows = optimizer.rows
         rows.gradients.zero_()
         healthy, losses = [], []
         for runner in runners:
@@ -213,7 +218,7 @@ class PackedTrainer:
                     )
             except TrainingError as error:
                 self._leave_out(runner, error)
-                rows.clear(runner.slot)
+                optimizer.clear(runner.slot)
             else:
                 healthy.append(runner)
                 losses.append(loss)
@@ -248,6 +253,7 @@ class PackedTrainer:
             plan = StepPlan(
                 plan_products(rows, packed, [part.runner.slot for part in parts], self.model.dtype),
                 self._lora_dropout(parts, round_index),
+                frozenset[Side]().union(*(part.runner.plan.trains for part in parts)),
             )
             with self.model.planned(plan):
                 losses = self.model.label_losses(packed, weights, self._base_dropout(parts, round_index))
@@ -322,7 +328,7 @@ class PackedTrainer:
             return None
         report = client_report(
             runner.job,
-            runner.start,
+            runner.plan,
             adapter,
             runner.losses,
             runner.trained_tokens,

@@ -7,15 +7,17 @@ import torch
 
 from fedsim.errors import TrainingError
 from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import ClientPlan
 from fedsim.lora.updates import ClientReport
 from fedsim.training.packs import ClientJob
+from fedsim.training.settings import learning_rate
 
 REMEDY = "lower training.optimizer.lr or set training.max_grad_norm"
 
 
 def client_report(
     job: ClientJob,
-    start: AdapterState,
+    plan: ClientPlan,
     adapter: AdapterState,
     step_losses: Sequence[float],
     trained_tokens: int,
@@ -23,23 +25,38 @@ def client_report(
     process_rank: int,
     seconds: float,
 ) -> ClientReport:
-    """The report of a client that went from `start` to `adapter`; see `ClientReport` for the rest."""
+    """The report of a client that followed `plan` and ended at `adapter`; see `ClientReport` for the rest."""
+    num_steps = len(step_losses)
     return ClientReport(
         client_id=job.client_id,
         num_examples=len(job.examples),
         num_tokens=job.num_tokens,
         lora_rank=max(factors.rank for factors in adapter.values()),
-        steps=len(step_losses),
+        steps=num_steps,
         train_loss_first=step_losses[0],
         train_loss_last=step_losses[-1],
-        train_loss_mean=math.fsum(step_losses) / len(step_losses),
+        train_loss_mean=math.fsum(step_losses) / num_steps,
         trained_tokens=trained_tokens,
+        trained_parameters=num_trained_parameters(plan),
+        lr_sum=math.fsum(learning_rate(job.settings, step, num_steps) for step in range(num_steps)),
         uplink_bytes=adapter.num_bytes,
-        downlink_bytes=start.num_bytes,
+        downlink_bytes=plan.start.num_bytes if plan.downlink_bytes is None else plan.downlink_bytes,
         pack=pack,
         process_rank=process_rank,
         seconds=seconds,
     )
+
+
+def num_trained_parameters(plan: ClientPlan) -> int:
+    """Values that a client trains: all of the factors in `plan.trains`, or the true ones of their masks."""
+    if plan.mask is None:
+        return sum(getattr(factors, side).numel() for factors in plan.start.values() for side in plan.trains)
+    counts = [
+        getattr(factors, side).count_nonzero()
+        for factors in plan.mask.values()
+        for side in sorted(plan.trains)
+    ]
+    return int(torch.stack(counts).sum())
 
 
 def check_finite(

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsim.lora.plan import ClientPlan
 from fedsim.models.rows import RankRows
+from fedsim.training.row_terms import RowTerms
 from fedsim.training.settings import OptimizerSettings
 
 
@@ -38,35 +40,54 @@ class RowOptimizer:
 
     Args:
         rows: values and gradients.
+        terms: what plans add to the gradients; None where no plan adds anything.
 
     Attributes:
         first: (R, W) mean of gradients (AdamW) or momentum (SGD).
         second: (R, W) mean of squared gradients (AdamW).
     """
 
-    def __init__(self, rows: RankRows) -> None:
+    def __init__(self, rows: RankRows, terms: RowTerms | None = None) -> None:
         self.rows = rows
+        self.terms = terms
         self.first = torch.zeros_like(rows.values)
         self.second = torch.zeros_like(rows.values)
         self._num_slots = len(rows.row_ranges)
 
+    def load(self, slot: int, plan: ClientPlan, proximal_mu: float) -> None:
+        """Put the next client into a slot: its start, its plan's terms and a fresh state."""
+        self.rows.load(slot, plan.start)
+        if self.terms is not None:
+            self.terms.load(slot, plan, proximal_mu)
+        self.forget(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot: nothing of its client is left but the optimizer's state, which no step uses."""
+        self.rows.clear(slot)
+        if self.terms is not None:
+            self.terms.clear(slot)
+
     def forget(self, slot: int) -> None:
-        """Drop the state of a slot, for the next client."""
+        """Drop the optimizer's state of a slot."""
         rows = slice(*self.rows.row_ranges[slot])
         self.first[rows] = 0
         self.second[rows] = 0
 
     def step(self, steps: Sequence[SlotStep]) -> None:
-        """Clip, update and clear the gradients of all slots named in `steps`; all of one kind of optimizer.
+        """Complete, clip, use and clear the gradients of all slots named in `steps`; all of one kind of optimizer.
 
         Slots that are not named keep values and state, whatever their (finite) gradients are.
         """
         with torch.no_grad():
+            if self.terms is not None:
+                self.terms.add_gradients()
             self._clip(steps)
             if steps[0].settings.name == "sgd":
                 self._sgd(steps)
             else:
                 self._adamw(steps)
+            if self.terms is not None:
+                self.terms.put_back()
             self.rows.gradients.zero_()
 
     def _clip(self, steps: Sequence[SlotStep]) -> None:

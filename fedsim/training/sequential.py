@@ -14,13 +14,14 @@ from torch import Tensor
 from fedsim.data.batches import Batch, collate
 from fedsim.data.tokens import TokenStore
 from fedsim.errors import TrainingError
-from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import ClientPlan
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import AdaptedModel, KeyedDropout
 from fedsim.models.losses import label_losses
 from fedsim.training.packs import ClientJob, Pack
+from fedsim.training.plans import add_plan_gradients, check_plan, put_back
 from fedsim.training.reports import check_finite, client_report
-from fedsim.training.settings import LocalSettings, lr_factor, make_optimizer
+from fedsim.training.settings import LocalSettings, learning_rate, make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,13 @@ class SequentialTrainer:
         self.drop_not_finite = drop_not_finite
         self.process_rank = process_rank
 
-    def train(self, pack: Pack, starts: Sequence[AdapterState], round_index: int) -> list[ClientUpdate]:
+    def train(self, pack: Pack, plans: Sequence[ClientPlan], round_index: int) -> list[ClientUpdate]:
         """See `Trainer.train`."""
         updates = []
-        for job, start in zip(pack.jobs, starts, strict=True):
+        for job, plan in zip(pack.jobs, plans, strict=True):
+            check_plan(plan, self.model.targets)
             try:
-                updates.append(self._train_client(job, start, round_index, pack.index))
+                updates.append(self._train_client(job, plan, round_index, pack.index))
             except TrainingError as error:
                 if not self.drop_not_finite:
                     raise
@@ -58,32 +60,34 @@ class SequentialTrainer:
         return updates
 
     def _train_client(
-        self, job: ClientJob, start: AdapterState, round_index: int, pack_index: int
+        self, job: ClientJob, plan: ClientPlan, round_index: int, pack_index: int
     ) -> ClientUpdate:
         began = time.perf_counter()
         settings = job.settings
         steps = job.batches(round_index)
-        leaves = self.model.load(start, trainable=True)
+        live = self.model.load(plan.start, trainable=plan.trains)
+        leaves = [getattr(factors, side) for factors in live.values() for side in sorted(plan.trains)]
         optimizer = make_optimizer(leaves, settings.optimizer)
         losses: list[Tensor] = []
         trained_tokens = 0
         for step, micro_batches in enumerate(steps):
             batches = [collate(self.store, examples, self.pad_id) for examples in micro_batches]
-            factor = lr_factor(step, len(steps), settings.schedule, settings.warmup_steps)
             for group in optimizer.param_groups:
-                group["lr"] = settings.optimizer.lr * factor
+                group["lr"] = learning_rate(settings, step, len(steps))
             optimizer.zero_grad(set_to_none=True)
             losses.append(self._backward(batches, settings, (round_index, job.client_id, step)))
+            add_plan_gradients(live, plan, settings.proximal_mu)
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(leaves, settings.max_grad_norm)
             optimizer.step()
+            put_back(live, plan)
             trained_tokens += sum(batch.num_targets for batch in batches)
         adapter = self.model.read()
         step_losses = torch.stack(losses).tolist()
         check_finite(step_losses, adapter, job.client_id, round_index)
         report = client_report(
             job,
-            start,
+            plan,
             adapter,
             step_losses,
             trained_tokens,

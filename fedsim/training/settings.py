@@ -36,6 +36,8 @@ class LocalSettings:
         lora_dropout: on the adapters' inputs.
         base_dropout: whether the base trains with its own dropout.
         seed: the run's seed.
+        proximal_mu: FedProx's pull of the trained values towards the client's start: mu / 2 * ||x - start||^2 is added
+            to the loss (arXiv 1812.06127, equation 2), with x all values of A and B; 0 for none.
     """
 
     batch_size: int
@@ -47,6 +49,7 @@ class LocalSettings:
     lora_dropout: float
     base_dropout: bool
     seed: int
+    proximal_mu: float = 0.0
 
 
 def make_optimizer(parameters: Sequence[Tensor], settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -77,3 +80,8 @@ def lr_factor(step: int, num_steps: int, schedule: str, warmup_steps: int) -> fl
     if schedule == "linear":
         return max(0.0, 1.0 - progress)
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def learning_rate(settings: LocalSettings, step: int, num_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of a local run of `num_steps` steps."""
+    return settings.optimizer.lr * lr_factor(step, num_steps, settings.schedule, settings.warmup_steps)

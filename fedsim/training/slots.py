@@ -20,6 +20,29 @@ class SlotPlan:
     occupancy: float
 
 
+def plan_slots_within(
+    steps: Sequence[int], lora_ranks: Sequence[int], max_slots: int, max_rows: int
+) -> tuple[SlotPlan, list[int]]:
+    """The plan with the most slots whose rank rows are few enough; one slot may have more.
+
+    Args:
+        steps: optimizer steps of each client, > 0.
+        lora_ranks: of each client.
+        max_slots: clients that train at the same time.
+        max_rows: rank rows of all slots together.
+
+    Returns:
+        The plan, and the largest LoRA rank that each of its slots will hold.
+    """
+    num_slots = min(max_slots, len(steps))
+    while True:
+        plan = plan_slots(steps, num_slots)
+        capacities = [max(lora_ranks[client] for client in queue) for queue in plan.queues]
+        if num_slots == 1 or sum(capacities) <= max_rows:
+            return plan, capacities
+        num_slots -= 1
+
+
 def plan_slots(steps: Sequence[int], max_slots: int) -> SlotPlan:
     """Deal clients to slots: the longest first, each to the slot that is free earliest.
 

@@ -9,6 +9,7 @@ import torch
 
 from fedsim.errors import TrainingError
 from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.plan import ClientPlan
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.stacked import StackedModel, plan_products
@@ -139,7 +140,7 @@ def train_packed(
 ) -> list[ClientUpdate]:  # fmt: skip
     stacked = StackedModel(model, find_targets(model, target_modules), CPU)
     trainer = PackedTrainer(stacked, store, max_slots, max_tokens, drop, process_rank=0)
-    return trainer.train(Pack(0, jobs), starts, round_index=1)
+    return trainer.train(Pack(0, jobs), [ClientPlan(start) for start in starts], round_index=1)
 
 
 def train_sequential(
@@ -147,7 +148,8 @@ def train_sequential(
     starts: list[AdapterState], store: Any,
 ) -> list[ClientUpdate]:  # fmt: skip
     adapted = AdaptedModel(model, find_targets(model, target_modules), CPU)
-    return SequentialTrainer(adapted, store, PAD, False, 0).train(Pack(0, jobs), starts, round_index=1)
+    plans = [ClientPlan(start) for start in starts]
+    return SequentialTrainer(adapted, store, PAD, False, 0).train(Pack(0, jobs), plans, round_index=1)
 
 
 def worst_difference(one: AdapterState, other: AdapterState) -> float:
@@ -277,7 +279,8 @@ def test_gradient_checkpointing_changes_nothing(family, store):
     kept = train_packed(build(torch.float64), target_modules, jobs, starts, store)
     model = build(torch.float64)
     stacked = StackedModel(model, find_targets(model, target_modules), CPU, checkpoint_gradients=True)
-    again = PackedTrainer(stacked, store, 3, 10_000, False, process_rank=0).train(Pack(0, jobs), starts, 1)
+    plans = [ClientPlan(start) for start in starts]
+    again = PackedTrainer(stacked, store, 3, 10_000, False, process_rank=0).train(Pack(0, jobs), plans, 1)
     assert_same(again, kept, 1e-12)
     assert not model.training
     stacked.unwrap()

@@ -20,6 +20,7 @@ from fedsim.config.loader import load_config
 from fedsim.errors import ModelError
 from fedsim.evaluation.scorers import PackedScorer, PaddedScorer
 from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import ClientPlan
 from fedsim.models import head as head_module
 from fedsim.models import packing, stacked
 from fedsim.models.adapted import AdaptedModel
@@ -662,13 +663,14 @@ def test_bf16_base_on_a_gpu(family, store, monkeypatch):
     jobs = clients(store)
     model = build(torch.bfloat16).to(cuda)
     adapted = AdaptedModel(model, find_targets(model, target_modules), cuda)
-    alone = SequentialTrainer(adapted, store, PAD, False, 0).train(Pack(0, jobs), starts, 1)
+    plans = [ClientPlan(start) for start in starts]
+    alone = SequentialTrainer(adapted, store, PAD, False, 0).train(Pack(0, jobs), plans, 1)
     kernels = []
     original = packing._flash_attention
     monkeypatch.setattr(packing, "_flash_attention", lambda *args: kernels.append(1) or original(*args))
     model = build(torch.bfloat16).to(cuda)
     engine = StackedModel(model, find_targets(model, target_modules), cuda)
-    packed = PackedTrainer(engine, store, 3, 10_000, False, 0).train(Pack(0, jobs), starts, 1)
+    packed = PackedTrainer(engine, store, 3, 10_000, False, 0).train(Pack(0, jobs), plans, 1)
     assert kernels
     for mine, theirs in zip(packed, alone, strict=True):
         assert all(factors.A.dtype == torch.float32 for factors in mine.adapter.values())
@@ -683,7 +685,8 @@ def test_fp64_on_a_gpu(store):
     alone = train_sequential(tiny_opt(DOUBLE), TWO, jobs, starts, store)
     model = tiny_opt(DOUBLE).to("cuda")
     engine = StackedModel(model, find_targets(model, TWO), torch.device("cuda"))
-    packed = PackedTrainer(engine, store, 3, 10_000, False, 0).train(Pack(0, jobs), starts, 1)
+    plans = [ClientPlan(start) for start in starts]
+    packed = PackedTrainer(engine, store, 3, 10_000, False, 0).train(Pack(0, jobs), plans, 1)
     for mine, theirs in zip(packed, alone, strict=True):
         for module, factors in mine.adapter.items():
             torch.testing.assert_close(factors.A.cpu(), theirs.adapter[module].A, rtol=0, atol=1e-9)

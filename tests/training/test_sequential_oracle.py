@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from fedsim.data.batches import collate, local_batches
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.initial import initial_adapter
+from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.peft_format import save_peft_adapter
+from fedsim.lora.plan import ClientPlan
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.targets import find_targets
 from fedsim.training.packs import ClientJob, Pack
@@ -40,7 +41,7 @@ def settings(**changes: Any) -> LocalSettings:
 
 
 def random_start(targets: dict[str, tuple[int, int]], dtype: torch.dtype, rank: int = 3) -> AdapterState:
-    start = initial_adapter(targets, rank, 8.0, False, seed=5, dtype=dtype)
+    start = initial_adapter(targets, dict.fromkeys(targets, rank), ScalingRule(8.0), seed=5, dtype=dtype)
     generator = torch.Generator().manual_seed(7)
     return AdapterState(
         {
@@ -161,7 +162,9 @@ def test_one_client_equals_plain_peft(changes, budget, shape, dtype, tolerance, 
 
     expected, losses = train_with_peft(tiny_opt(dtype, **shape), start, client, store, local, tmp_path)
     model = AdaptedModel(base, targets, torch.device("cpu"))
-    [update] = SequentialTrainer(model, store, PAD, False, 0).train(Pack(0, (client,)), [start], 1)
+    [update] = SequentialTrainer(model, store, PAD, False, 0).train(
+        Pack(0, (client,)), [ClientPlan(start)], 1
+    )
 
     assert update.report.steps == len(losses)
     assert update.report.train_loss_first == pytest.approx(losses[0], abs=tolerance)
@@ -181,7 +184,7 @@ def train_all(
     start = random_start(targets, torch.float32)
     trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, False, 0)
     pack = Pack(0, tuple(replace(client, settings=local) for client in clients))
-    updates = trainer.train(pack, [start] * len(clients), round_index)
+    updates = trainer.train(pack, [ClientPlan(start)] * len(clients), round_index)
     return {update.report.client_id: update.adapter for update in updates}
 
 
@@ -227,7 +230,7 @@ def test_the_start_is_not_written_to():
     start = random_start(targets, torch.float32)
     copy = start.map(torch.clone)
     trainer = SequentialTrainer(AdaptedModel(base, targets, torch.device("cpu")), store, PAD, False, 0)
-    trainer.train(Pack(0, (job(0, [0, 1, 2], store),)), [start], 0)
+    trainer.train(Pack(0, (job(0, [0, 1, 2], store),)), [ClientPlan(start)], 0)
     assert start.equal(copy)
 
 
