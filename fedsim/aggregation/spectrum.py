@@ -1,0 +1,96 @@
+"""Adapters from singular values, and what singular values say about a round.
+
+Shapes: o / i = out / in features of a module, r = LoRA rank, q = components of a decomposition.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+
+from fedsim.aggregation.strategy import Federation
+from fedsim.lora.factors import LoraFactors
+from fedsim.lora.initial import initial_down
+from fedsim.lora.svd import Svd
+
+Holder = Literal["A", "B"]
+"""The factor that the singular values are multiplied into."""
+
+
+def factors_of(
+    svd: Svd, federation: Federation, module: str, lora_rank: int, dtype: torch.dtype, holder: Holder = "B"
+) -> LoraFactors:
+    """The best approximation of some rank as factors sorted by singular value, s = federation.scaling(r):
+
+        holder B: A = V_r^T, B = U_r S_r / s        holder A: A = S_r V_r^T, B = U_r / s
+
+    Where the decomposed matrix has a smaller rank than r, the last columns of B are 0 and the last rows of A are those
+    of the run's initial adapter: with both at 0 they would never get a gradient, and an adapter of round 0, B = 0, is
+    as it was at the start.
+
+    Args:
+        svd: with min(r, R, o, i) components, or more.
+        federation: of the run.
+        module: dotted path.
+        lora_rank: r.
+        dtype: of the result.
+        holder: see above.
+
+    Returns:
+        Factors of rank r with scaling s, newly allocated on the device of `svd`.
+    """
+    scaling = federation.scaling(lora_rank)
+    kept = min(lora_rank, int((svd.S > 0).sum()))
+    values = svd.S[:kept]
+    up, down = svd.U[:, :kept], svd.Vh[:kept]
+    if holder == "B":
+        up = up * values
+    else:
+        down = down * values.unsqueeze(1)
+    A = svd.Vh.new_zeros(lora_rank, svd.Vh.shape[1], dtype=dtype)
+    B = svd.U.new_zeros(svd.U.shape[0], lora_rank, dtype=dtype)
+    A[:kept] = down
+    B[:, :kept] = up / scaling
+    if kept < lora_rank:
+        A[kept:] = initial_down(module, lora_rank, A.shape[1], federation.seed)[kept:]
+    return LoraFactors(A, B, scaling)
+
+
+def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> dict[str, float]:
+    """What truncation keeps of the average update W of a module, as figures for the record of a round.
+
+        spectrum/energy_kept_rank_<r>          sum_{j <= r} s_j^2 / ||W||_F^2, for each LoRA rank of the cohort
+        spectrum/energy_beyond_smallest_rank   1 - that of the smallest one: what FlexLoRA's rank collapse
+                                               (arXiv 2602.13486) takes away round by round
+        spectrum/effective_rank                exp of the entropy of s_j^2 / sum_j s_j^2 over the components that the
+                                               server keeps (Roy and Vetterli 2007, who take s_j instead of s_j^2)
+        spectrum/total_rank                    of the stack that W was made from
+
+    For W = 0 nothing is lost: 1, 0, and an effective rank of 0.
+
+    Args:
+        svd: of W.
+        lora_ranks: of the cohort's clients, in this module.
+        total_rank: sum of the terms' ranks.
+    """
+    squares = svd.S.square().tolist()
+    energy = max(svd.energy, math.fsum(squares))
+    figures = {
+        f"spectrum/energy_kept_rank_{rank}": math.fsum(squares[:rank]) / energy if energy > 0 else 1.0
+        for rank in sorted(set(lora_ranks))
+    }
+    smallest = figures[f"spectrum/energy_kept_rank_{min(lora_ranks)}"]
+    return figures | {
+        "spectrum/energy_beyond_smallest_rank": 1.0 - smallest,
+        "spectrum/effective_rank": _effective_rank(squares),
+        "spectrum/total_rank": float(total_rank),
+    }
+
+
+def _effective_rank(squares: list[float]) -> float:
+    total = math.fsum(squares)
+    if total == 0:
+        return 0.0
+    shares = [square / total for square in squares if square > 0]
+    return math.exp(-math.fsum(share * math.log(share) for share in shares if share > 0))
