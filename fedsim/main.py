@@ -56,6 +56,9 @@ def _tell(error: FedsimError) -> None:
 
 def _with_group(command: CommandLine) -> int:
     """Set this process up, join the others, and simulate."""
+    # numpy's and scipy's BLAS read these when they are loaded, and bits depend on the number of threads
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(command.config.run.threads_per_process)
     import torch
 
     from fedsim.comm.group import choose_device, join_group, world_from_environment

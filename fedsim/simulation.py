@@ -20,16 +20,30 @@ from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
 from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError
 from fedsim.lora.factors import AdapterState
+from fedsim.lora.lowrank import combine
 from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import save_peft_adapter
+from fedsim.lora.plan import sides_bytes
 from fedsim.lora.state import ServerState
 from fedsim.models.base import BaseModel, build_base
 from fedsim.models.description import BaseDescription, describe_base
+from fedsim.models.merged import save_merged_model
 from fedsim.models.tokenizer import build_tokenizer
-from fedsim.server.build import build_cohort_policy, build_initial_adapter, build_run
-from fedsim.server.checkpoint import list_checkpoints, load_newest_checkpoint, save_checkpoint
+from fedsim.server.build import (
+    build_cohort_policy,
+    build_federated_strategy,
+    build_initial_adapter,
+    build_run,
+    build_tiers,
+)
+from fedsim.server.checkpoint import (
+    kept_client_versions,
+    list_checkpoints,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from fedsim.server.metrics import client_rows, round_metrics
-from fedsim.server.round import Run, measure_global, run_round
+from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
 from fedsim.tracking.environment import describe_environment
 from fedsim.tracking.metrics import ClientTable, MetricsLog
@@ -42,6 +56,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 CLIENT_ADAPTERS = "adapters"
+MODEL = "model"
 
 
 def dry_run(config: Config, group: Group) -> str:
@@ -79,7 +94,7 @@ def simulate(config: Config, group: Group) -> None:
         base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
         same_everywhere(group, "the base model", base.fingerprint)
         with all_or_none(group, "setting up the run"):
-            run = build_run(config, group, base, data)
+            run = build_run(config, group, base, data, summary.tiers, summary.strategy)
         with all_or_none(group, "opening the run folder"):
             if group.rank == 0 and records is None:
                 records = _open_new(config, open_things)
@@ -92,6 +107,7 @@ class Records:
 
     folder: RunFolder
     metrics: MetricsLog
+    spectra: MetricsLog
     clients: ClientTable
 
     @property
@@ -125,6 +141,7 @@ class Records:
     def go_back_to(self, round_index: int) -> None:
         """Drop the records of rounds that a resumed run will repeat."""
         self.metrics.truncate(round_index)
+        self.spectra.truncate(round_index)
         self.clients.truncate(round_index)
 
 
@@ -146,7 +163,10 @@ def _open_new(config: Config, open_things: contextlib.ExitStack) -> Records:
     folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys)
     open_things.enter_context(folder)
     return Records(
-        folder, MetricsLog(folder.path / "metrics.jsonl"), ClientTable(folder.path / "clients.parquet")
+        folder,
+        MetricsLog(folder.path / "metrics.jsonl"),
+        MetricsLog(folder.path / "spectra.jsonl"),
+        ClientTable(folder.path / "clients.parquet"),
     )
 
 
@@ -163,12 +183,16 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
     description, data = root_first(group, "preparing the data", prepare)
     same_everywhere(group, "the data and its partition", data.fingerprint)
     with all_or_none(group, "setting up the adapter"):
+        num_clients = data.partition.num_clients
+        tiers = build_tiers(config, description.targets, num_clients)
         summary = RunSummary(
             description.name,
             description.num_parameters,
-            build_initial_adapter(config, description.targets),
+            build_initial_adapter(config, description.targets, tiers),
             data,
-            build_cohort_policy(config.cohort, data.partition.num_clients),
+            build_cohort_policy(config.cohort, num_clients),
+            tiers,
+            build_federated_strategy(config, description.targets, tiers, num_clients),
         )
     return summary, data
 
@@ -180,28 +204,31 @@ def _run_rounds(
     group = run.group
     state = _start_state(run, base, summary, records)
     with _reporting(config, group, base, summary, records) as (progress, tracker):
-        payload_mib = pickled_payload_mib(state.adapter)
         run = replace(run, watch=progress)
         initial_loss = None
-        if state.round_index == 0 and run.strategy.has_global_model:
-            initial_loss = measure_global(run, state.adapter, "evaluation before round 0").mean
+        if state.round_index == 0 and run.strategy.traits.has_global_model:
+            initial_loss = measure_global(run, state, "evaluation before round 0").mean
             with all_or_none(group, "evaluation before round 0"):
                 _check_finite(initial_loss, base.name)
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         while state.round_index < run.rounds:
             round_index = state.round_index
+            before = state
             state, report = run_round(state, run)
             with all_or_none(group, f"recording round {round_index}"):
                 if records is not None:
-                    metrics = round_metrics(report, payload_mib)
+                    metrics = round_metrics(report, _payload_mib(run, before, report))
                     if round_index == 0 and initial_loss is not None:
                         metrics["test/loss_initial"] = initial_loss
                     records.metrics.append(metrics)
                     records.clients.append_rows(client_rows(report))
+                    if report.spectra:
+                        records.spectra.append({"round_index": round_index, **report.spectra})
                     if _checkpoint_is_due(config, state):
                         records.clients.flush()
                         save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
+                        run.store.drop_superseded(kept_client_versions(records.checkpoints))
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
         with all_or_none(group, "writing the adapter"):
@@ -239,13 +266,23 @@ def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Record
         else:
             logger.info("resuming after %d of %d rounds", state.round_index, run.rounds)
         records.go_back_to(state.round_index)
-        return ServerState(
-            state.round_index,
-            state.adapter.to(group.device),
-            {name: entry.to(group.device) for name, entry in state.strategy_state.items()},
-        )
+        run.store.drop_unknown(kept_client_versions(records.checkpoints))
+        return state
 
-    return broadcast_state(group, None, on_root(group, "loading the checkpoint", load))
+    state = broadcast_state(group, None, on_root(group, "loading the checkpoint", load))
+    if run.strategy.traits.keeps_client_state:
+        run.store.check_shared(group)
+    with all_or_none(group, "updating the base"):
+        run.base.apply(state.base_update)
+    return state
+
+
+def _payload_mib(run: Run, before: ServerState, report: RoundReport) -> float | None:
+    """Pickled size of what the largest client sent, where that is the sides of an adapter of the largest ranks."""
+    sides = run.strategy.sends(before)
+    most = max((client.uplink_bytes for client in report.clients), default=0)
+    is_whole = bool(sides) and most == sides_bytes(before.adapter, sides)
+    return pickled_payload_mib(before.adapter, sides) if is_whole else None
 
 
 @contextlib.contextmanager
@@ -292,15 +329,20 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
-    if run.strategy.has_global_model:
-        _export(config, base, run.strategy.export(state), path / ADAPTER)
+    if run.strategy.traits.has_global_model:
+        adapter = combine(run.strategy.export(state), state.base_update)
+        _export(config, base, adapter, path / ADAPTER)
         tracker.log_adapter(path / ADAPTER)
+        if config.run.merged_model:
+            replace_folder(
+                path / MODEL,
+                lambda unfinished: save_merged_model(build_base(config.model, "cpu"), adapter, unfinished),
+            )
     else:
         (path / CLIENT_ADAPTERS).mkdir(exist_ok=True)
-        for client_id in range(run.cohort.num_clients):
-            adapter = run.strategy.export(state, client_id)
-            if adapter is not state.adapter:  # clients that were never drawn have none of their own
-                _export(config, base, adapter, path / CLIENT_ADAPTERS / f"client_{client_id:06d}")
+        for client_id in sorted(state.client_versions):  # the others have nothing of their own
+            adapter = combine(run.strategy.export(state, run.client(client_id, state)), state.base_update)
+            _export(config, base, adapter, path / CLIENT_ADAPTERS / f"client_{client_id:06d}")
     tracker.log_clients(records.clients)
     tracker.finish(0)
     records.folder.finish("finished")

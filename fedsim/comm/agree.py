@@ -78,20 +78,26 @@ def on_root(group: Group, what: str, function: Callable[[], T]) -> T | None:
     return result
 
 
-def consume_on_root(
-    group: Group, what: str, stream: Iterator[T], function: Callable[[Iterator[T]], R]
+def consume_stream(
+    group: Group, what: str, stream: Iterator[T], function: Callable[[Iterator[T]], R] | None
 ) -> R | None:
-    """Let rank 0 consume a stream whose items are exchanged by all ranks, one collective an item.
+    """Let some ranks consume a stream whose items are exchanged by all ranks, one collective an item.
 
-    The others take part in every exchange and drop what they receive. If rank 0 fails halfway it goes on exchanging,
-    so that nobody waits for it, and then every rank raises.
+    The others take part in every exchange and drop what they receive. A rank that fails halfway goes on exchanging, so
+    that nobody waits for it, and then every rank raises.
+
+    Args:
+        group: the processes.
+        what: is done, for messages.
+        stream: the same items, in the same order, on every rank.
+        function: consumes it on this rank, whole or in part; None on a rank that has nothing to do with it.
 
     Returns:
-        What `function` returned on rank 0, None elsewhere.
+        What `function` returned; None without one.
     """
     result: R | None = None
     error: Exception | None = None
-    if group.rank == 0:
+    if function is not None:
         try:
             result = function(stream)
         except Exception as caught:

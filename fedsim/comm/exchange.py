@@ -3,6 +3,7 @@
 Shapes: K clients in the cohort; of module m, client k has A (r_km, i_m) and B (o_m, r_km).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedsim.comm.group import Group
 from fedsim.errors import AggregationError
 from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.plan import BOTH, Side, Sides, absent
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
 
@@ -31,25 +33,35 @@ class FactorsShape:
         """The shape of `factors`."""
         return cls(factors.rank, factors.A.shape[1], factors.B.shape[0], factors.scaling, factors.A.dtype)
 
-    @property
-    def num_parameters(self) -> int:
-        """Values in A and B."""
-        return self.lora_rank * (self.in_features + self.out_features)
-
-    def unflatten(self, flat: Tensor) -> LoraFactors:
-        """Factors whose A and B are views of `flat`, (num_parameters,)."""
-        middle = self.lora_rank * self.in_features
-        down, up = flat[:middle], flat[middle:]
-        return LoraFactors(
-            down.view(self.lora_rank, self.in_features),
-            up.view(self.out_features, self.lora_rank),
-            self.scaling,
+    def num_values(self, sides: Sides = BOTH) -> int:
+        """Values in these sides."""
+        return self.lora_rank * sum(
+            features
+            for side, features in (("A", self.in_features), ("B", self.out_features))
+            if side in sides
         )
 
+    def unflatten(self, flat: Tensor, sides: Sides = BOTH) -> LoraFactors:
+        """Factors whose sides are views of `flat`, (num_values(sides),); sides that are not in it are `absent`."""
+        shapes: dict[Side, tuple[int, int]] = {
+            "A": (self.lora_rank, self.in_features),
+            "B": (self.out_features, self.lora_rank),
+        }
+        tensors: dict[Side, Tensor] = {}
+        position = 0
+        for side, shape in shapes.items():
+            if side in sides:
+                tensors[side] = flat[position : position + math.prod(shape)].view(shape)
+                position += math.prod(shape)
+            else:
+                tensors[side] = absent(shape, flat.dtype, flat.device)
+        return LoraFactors(tensors["A"], tensors["B"], self.scaling)
 
-def flatten(factors: LoraFactors) -> Tensor:
-    """(num_parameters,): A and then B, row by row."""
-    return torch.cat([factors.A.reshape(-1), factors.B.reshape(-1)])
+
+def flatten(factors: LoraFactors, sides: Sides = BOTH) -> Tensor:
+    """(values of these sides,): A and then B, row by row."""
+    parts = [getattr(factors, side).reshape(-1) for side in sorted(sides)]
+    return torch.cat(parts) if parts else factors.A.new_empty(0)
 
 
 def gather_reports(group: Group, updates: Sequence[ClientUpdate]) -> tuple[ClientReport, ...]:
@@ -67,7 +79,7 @@ def gather_reports(group: Group, updates: Sequence[ClientUpdate]) -> tuple[Clien
 
 
 def gather_stacks(
-    group: Group, updates: Sequence[ClientUpdate]
+    group: Group, updates: Sequence[ClientUpdate], modules: Sequence[str], sides: Sides = BOTH
 ) -> Iterator[tuple[str, tuple[LoraFactors, ...]]]:
     """All-gather the cohort's factors, one module at a time: a rank never holds more than one module's stack.
 
@@ -76,9 +88,11 @@ def gather_stacks(
     Args:
         group: the processes.
         updates: this rank's clients, any number, none included.
+        modules: of every client's adapter, in order; they are in the stream even if there is no client.
+        sides: factors that travel; the others are `absent` in the stream.
 
     Yields:
-        (module, factors of all K clients in client_id order), on the group's device, modules in the adapter's order.
+        (module, factors of all K clients in client_id order), on the group's device.
 
     Raises:
         AggregationError: clients disagree about the modules or dtypes.
@@ -90,17 +104,14 @@ def gather_stacks(
         for update in updates
     }
     by_rank: list[dict[int, dict[str, FactorsShape]]] = group.gather_objects(mine)
-    shapes = {client: shape for part in by_rank for client, shape in part.items()}
-    if not shapes:
-        return
-    modules = list(next(iter(shapes.values())))
-    if any(list(shape) != modules for shape in shapes.values()):
+    shapes = [shape for part in by_rank for shape in part.values()]
+    if any(list(shape) != list(modules) for shape in shapes):
         raise AggregationError("all clients of a round must train the same modules in the same order")
-    if len({shape.dtype for client in shapes.values() for shape in client.values()}) > 1:
+    if len({shape.dtype for client in shapes for shape in client.values()}) > 1:
         raise AggregationError("all clients of a round must hold factors of one dtype")
     adapters = {update.report.client_id: update.adapter for update in updates}
     for module in modules:
-        yield module, _gather_module(group, module, adapters, by_rank)
+        yield module, _gather_module(group, module, adapters, by_rank, sides) if shapes else ()
 
 
 def _gather_module(
@@ -108,23 +119,27 @@ def _gather_module(
     module: str,
     adapters: Mapping[int, AdapterState],
     by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]],
+    sides: Sides,
 ) -> tuple[LoraFactors, ...]:
     """One module's factors of all clients, in client_id order. Each rank sends one buffer, padded to the longest."""
-    lengths = [sum(shapes[module].num_parameters for shapes in part.values()) for part in by_rank]
+    lengths = [sum(shapes[module].num_values(sides) for shapes in part.values()) for part in by_rank]
     dtype = next(shapes[module].dtype for part in by_rank for shapes in part.values())
     buffer = torch.zeros(max(lengths), dtype=dtype, device=group.device)
     position = 0
     for client in by_rank[group.rank]:
-        flat = flatten(adapters[client][module])
+        flat = flatten(adapters[client][module], sides)
         buffer[position : position + flat.numel()] = flat
         position += flat.numel()
+    # nothing travels: an empty buffer is not worth a collective, and every rank knows
+    everywhere = group.all_gather(buffer) if max(lengths) else [buffer] * group.world_size
     received: dict[int, LoraFactors] = {}
-    for part, data in zip(by_rank, group.all_gather(buffer), strict=True):
+    for part, data in zip(by_rank, everywhere, strict=True):
         position = 0
         for client, shapes in part.items():
             shape = shapes[module]
-            received[client] = shape.unflatten(data[position : position + shape.num_parameters])
-            position += shape.num_parameters
+            end = position + shape.num_values(sides)
+            received[client] = shape.unflatten(data[position:end], sides)
+            position = end
     return tuple(received[client] for client in sorted(received))
 
 
@@ -133,43 +148,85 @@ def broadcast_adapter(group: Group, adapter: AdapterState | None) -> AdapterStat
     if group.world_size == 1:
         assert adapter is not None
         return adapter
-    mine = (
-        None if adapter is None else {module: FactorsShape.of(factors) for module, factors in adapter.items()}
-    )
+    mine = None if adapter is None else _shapes(adapter)
     shapes: dict[str, FactorsShape] = group.broadcast_object(mine)
-    modules = {}
-    for module, shape in shapes.items():
-        if group.rank == 0:
-            assert adapter is not None
-            flat = flatten(adapter[module]).to(group.device)
-        else:
-            flat = torch.empty(shape.num_parameters, dtype=shape.dtype, device=group.device)
-        modules[module] = shape.unflatten(group.broadcast(flat))
-    return AdapterState(modules)
+    return AdapterState(
+        {
+            module: _broadcast_factors(
+                group, shape, adapter[module] if group.rank == 0 and adapter is not None else None, 0
+            )
+            for module, shape in shapes.items()
+        }
+    )
+
+
+def _shapes(adapter: AdapterState) -> dict[str, FactorsShape]:
+    return {module: FactorsShape.of(factors) for module, factors in adapter.items()}
+
+
+def _broadcast_factors(
+    group: Group, shape: FactorsShape, factors: LoraFactors | None, source: int
+) -> LoraFactors:
+    """Factors of rank `source`, which passes them, on every rank."""
+    if factors is None:
+        flat = torch.empty(shape.num_values(), dtype=shape.dtype, device=group.device)
+    else:
+        flat = flatten(factors).to(group.device)
+    return shape.unflatten(group.broadcast(flat, source))
 
 
 def broadcast_state(group: Group, known: ServerState | None, state: ServerState | None) -> ServerState:
-    """Rank 0's new server state on every rank.
+    """Rank 0's new server state on every rank, on the group's device.
 
     Args:
         group: the processes.
-        known: the state that every rank already holds; entries of `strategy_state` that the new state took over
-            from it, as the same object, are not sent again. None at the start of a run.
+        known: the state that every rank already holds; adapters that the new state took over from it, as the same
+            objects, are not sent again. None at the start of a run.
         state: the new state on rank 0, ignored elsewhere.
     """
     if group.world_size == 1:
         assert state is not None
-        return state
-    before = {} if known is None else known.strategy_state
+        return state.to(group.device)
+    before = {} if known is None else known.adapters()
     plan = None
+    mine: Mapping[str, AdapterState] = {}
     if group.rank == 0:
         assert state is not None
-        sent = {name: before.get(name) is not entry for name, entry in state.strategy_state.items()}
-        plan = (state.round_index, sent)
-    round_index, sent = group.broadcast_object(plan)
-    adapter = broadcast_adapter(group, state.adapter if group.rank == 0 and state is not None else None)
-    entries = {}
-    for name, is_new in sent.items():
-        mine = state.strategy_state[name] if group.rank == 0 and state is not None else None
-        entries[name] = broadcast_adapter(group, mine) if is_new else before[name]
-    return ServerState(round_index, adapter, entries)
+        mine = state.adapters()
+        sent = {name: before.get(name) is not entry for name, entry in mine.items()}
+        versions = state.client_versions
+        is_known = known is not None and versions is known.client_versions
+        plan = (state.round_index, None if is_known else dict(versions), sent)
+    round_index, versions, sent = group.broadcast_object(plan)
+    entries = {
+        name: broadcast_adapter(group, mine.get(name)) if is_new else before[name]
+        for name, is_new in sent.items()
+    }
+    if versions is None:
+        assert known is not None
+        versions = known.client_versions
+    return ServerState(round_index, AdapterState({}), client_versions=versions).with_adapters(entries)
+
+
+def share_modules(group: Group, part: AdapterState, modules: Sequence[str]) -> AdapterState:
+    """An adapter of which each rank holds some modules, whole and on the group's device on every rank.
+
+    Args:
+        group: the processes.
+        part: the modules that this rank worked out, none included.
+        modules: the order of all modules; those that no rank holds are left out.
+    """
+    by_rank: list[dict[str, FactorsShape]] = group.gather_objects(_shapes(part))
+    owner = {module: rank for rank, shapes in enumerate(by_rank) for module in shapes}
+    return AdapterState(
+        {
+            module: _broadcast_factors(
+                group,
+                by_rank[owner[module]][module],
+                part[module] if owner[module] == group.rank else None,
+                owner[module],
+            )
+            for module in modules
+            if module in owner
+        }
+    )

@@ -46,8 +46,8 @@ class Group(Protocol):
         """Every rank's tensor, in rank order; all of one shape and dtype."""
         ...
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Rank `source`'s tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
         ...
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class SoloGroup:
         """[tensor]."""
         return [tensor]
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:  # noqa: ARG002
         """The tensor itself."""
         return tensor
 
@@ -110,9 +110,9 @@ class TorchGroup:
         dist.all_gather(received, tensor)
         return received
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Group`."""
-        dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=source)
         return tensor
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from fedsim.config.keys import all_keys, show
 from fedsim.config.messages import refuse
 from fedsim.config.schema import (
     EMBEDDED,
+    AggregationConfig,
     CohortConfig,
     Config,
     DataConfig,
@@ -14,6 +15,7 @@ from fedsim.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    StrategyConfig,
     TrainingConfig,
 )
 
@@ -37,6 +39,10 @@ def cross_checks(config: Config) -> None:
             *_lora(config.lora),
             *_training(config.training),
             *_checkpointing(config.training, config.model),
+            *_strategy(config.strategy),
+            *_scaffold(config),
+            *_aggregation(config.aggregation, config.run),
+            *_privacy(config),
             *_evaluation(config.evaluation, config.data),
             *_comm(config),
         ]
@@ -58,7 +64,7 @@ def _unused(section: str, node: object, names: tuple[str, ...], because: str) ->
     """Keys that the rest of the configuration makes meaningless stay at their defaults."""
     for name in names:
         default, got = all_keys()[f"{section}.{name}"].default, getattr(node, name)
-        if got != default:
+        if (list(got) if isinstance(got, tuple) else got) != default:
             yield f"{section}.{name} must stay at its default {show(default)} {because}, got {show(got)}"
 
 
@@ -69,6 +75,8 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
     )
     if cohort.size is not None and cohort.size > num_clients:
         yield f"cohort.size must be in [1, {limit}], got {cohort.size}"
+    if cohort.sampling == "poisson" and cohort.client_ids is not None:
+        yield "cohort.sampling must be fixed when cohort.client_ids is set, got 'poisson'"
     if cohort.client_ids is not None:
         outside = [client_id for client_id in cohort.client_ids if client_id >= num_clients]
         if outside:
@@ -130,6 +138,8 @@ def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str
 
 
 def _lora(lora: LoraConfig) -> Iterator[str]:
+    if lora.tiers:
+        yield from _unused("lora", lora, ("rank",), "when lora.tiers is set")
     twice = sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1})
     if twice:
         yield f"lora.target_modules must name each module once, got {show(twice)} more than once"
@@ -149,6 +159,86 @@ def _training(training: TrainingConfig) -> Iterator[str]:
 def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     because = f"when training.optimizer.name is {optimizer.name}, which does not use it"
     yield from _unused("training.optimizer", optimizer, UNUSED_BY_OPTIMIZER[optimizer.name], because)
+
+
+OPTIONS_OF = ("hetlora", "florist", "slora")
+
+
+def _strategy(strategy: StrategyConfig) -> Iterator[str]:
+    for section in OPTIONS_OF:
+        if strategy.name == section:
+            continue
+        node = getattr(strategy, section)
+        because = f"when strategy.name is {strategy.name}"
+        yield from _unused(f"strategy.{section}", node, tuple(type(node).model_fields), because)
+    if ":" not in strategy.name:
+        yield from _unused(
+            "strategy",
+            strategy,
+            ("options",),
+            "unless strategy.name is a class of your own (package.module:Class)",
+        )
+
+
+def _scaffold(config: Config) -> Iterator[str]:
+    """SCAFFOLD's control variates are sums of plain gradients."""
+    if config.strategy.name != "scaffold":
+        return
+    because = (
+        "with strategy.name=scaffold, whose control variates stand for plain gradients (arXiv 1910.06378)"
+    )
+    optimizer = config.training.optimizer
+    if optimizer.name != "sgd":
+        yield f"training.optimizer.name must be sgd {because}, got {show(optimizer.name)}"
+    elif optimizer.momentum != 0:
+        yield f"training.optimizer.momentum must be 0 {because}, got {show(optimizer.momentum)}"
+    if config.training.max_grad_norm is not None:
+        yield f"training.max_grad_norm must be null {because}, got {show(config.training.max_grad_norm)}"
+    if optimizer.lr == 0:
+        yield f"training.optimizer.lr must be > 0 {because}, got 0"
+    if config.aggregation.client_weights != "uniform":
+        yield (
+            "aggregation.client_weights must be uniform with strategy.name=scaffold, which minimises the unweighted "
+            f"mean of the clients' losses, got {show(config.aggregation.client_weights)}"
+        )
+
+
+UNUSED_BY_SERVER_OPTIMIZER = {
+    "none": ("lr", "beta1", "beta2", "tau"),
+    "fedavgm": ("beta2", "tau"),
+    "fedadam": (),
+    "fedyogi": (),
+    "fedadagrad": ("beta1", "beta2"),
+}
+
+
+def _aggregation(aggregation: AggregationConfig, run: RunConfig) -> Iterator[str]:
+    optimizer, privacy = aggregation.server_optimizer, aggregation.privacy
+    because = f"when aggregation.server_optimizer.name is {optimizer.name}, which does not use it"
+    unused = UNUSED_BY_SERVER_OPTIMIZER[optimizer.name]
+    yield from _unused("aggregation.server_optimizer", optimizer, unused, because)
+    if privacy.clip_norm is None:
+        because = "when aggregation.privacy.clip_norm is null"
+        yield from _unused("aggregation.privacy", privacy, ("noise_multiplier", "delta"), because)
+    if run.device == "cpu" and aggregation.svd_device == "cuda":
+        yield "aggregation.svd_device must be cpu when run.device is cpu, got 'cuda'"
+
+
+def _privacy(config: Config) -> Iterator[str]:
+    """What the accountant assumes."""
+    if config.aggregation.privacy.clip_norm is None:
+        return
+    because = "with aggregation.privacy.clip_norm set"
+    if config.cohort.sampling != "poisson":
+        yield (
+            f"cohort.sampling must be poisson {because}, since the privacy accountant counts on it, got "
+            f"{show(config.cohort.sampling)}"
+        )
+    if config.aggregation.client_weights != "uniform":
+        yield (
+            f"aggregation.client_weights must be uniform {because}, since one client must not count more than another, "
+            f"got {show(config.aggregation.client_weights)}"
+        )
 
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]:

@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedsim.config.schema import NAME_PATTERN, Config
+from fedsim.config.schema import NAME_PATTERN, OPTION_PATTERN, STRATEGY_NAMES, STRATEGY_PATTERN, Config
 
-NAME_RULE = "1 to 120 letters, digits, '.', '_' or '-', the first a letter or digit"
+PATTERN_RULES = {
+    NAME_PATTERN: "a text of 1 to 120 letters, digits, '.', '_' or '-', the first a letter or digit",
+    STRATEGY_PATTERN: f"one of {'|'.join(STRATEGY_NAMES)}, or package.module:Class",
+    OPTION_PATTERN: "a text name=value",
+}
 LONGEST_SHOWN = 60
 FOREIGN_NAMES = {
     "dataset": "data.source",
@@ -40,6 +44,7 @@ class Key:
         default: a JSON-like value.
         unit: empty if the value has none.
         meaning: what it is for.
+        fields: keys of one item, where the items of a list are sections.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Key:
     default: Any
     unit: str
     meaning: str
+    fields: tuple["Key", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,14 +173,20 @@ def _key(name: str, field: FieldInfo) -> Key:
     unit = extra.get("unit", "") if isinstance(extra, dict) else ""
     annotation, optional = _without_null(field.annotation)
     default = field.get_default(call_default_factory=True, validated_data={})
+    bounds = _bounds(field.metadata)
+    choices = STRATEGY_NAMES if bounds.get("pattern") == STRATEGY_PATTERN else ()
+    item = _item(annotation)[0] if get_origin(annotation) is tuple else None
     return Key(
         name=name,
-        rule=_rule(annotation, _bounds(field.metadata)) + (" or null" if optional else ""),
+        rule=_rule(annotation, bounds) + (" or null" if optional else ""),
         item_rule=_item_rule(annotation),
-        choices=get_args(annotation) if get_origin(annotation) is Literal else (),
+        choices=get_args(annotation) if get_origin(annotation) is Literal else choices,
         default=list(default) if isinstance(default, tuple) else default,
         unit=str(unit),
         meaning=field.description or "",
+        fields=tuple(_key(f"{name}.{child}", below) for child, below in item.model_fields.items())
+        if isinstance(item, type) and issubclass(item, BaseModel)
+        else (),
     )
 
 
@@ -198,7 +210,11 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
 
 def _item(annotation: Any) -> tuple[Any, dict[str, Any]]:
     """Type and bounds of the items of a tuple[item, ...]."""
-    item = get_args(annotation)[0]
+    return _split(get_args(annotation)[0])
+
+
+def _split(item: Any) -> tuple[Any, dict[str, Any]]:
+    """Type and bounds of an annotated type."""
     if get_origin(item) is not Annotated:
         return item, {}
     plain, *markers = get_args(item)
@@ -214,8 +230,20 @@ def _rule(annotation: Any, bounds: dict[str, Any]) -> str:
         return f"one of {'|'.join(get_args(annotation))}"
     if get_origin(annotation) is tuple:
         one = _item_rule(annotation).partition(" ")[2]
-        plural = one.replace("text", "texts", 1).replace("integer", "integers", 1)
+        plural = (
+            one.replace("text", "texts", 1)
+            .replace("integer", "integers", 1)
+            .replace("section", "sections", 1)
+        )
         return f"a {'non-empty ' if bounds.get('min_length') else ''}list of {plural}"
+    if get_origin(annotation) is dict:
+        return f"a section of names, each with {_rule(*_split(get_args(annotation)[1]))}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a section with {', '.join(annotation.model_fields)}"
+    return _scalar_rule(annotation, bounds)
+
+
+def _scalar_rule(annotation: Any, bounds: dict[str, Any]) -> str:
     if annotation is bool:
         return "true or false"
     if annotation in (int, float):
@@ -227,7 +255,7 @@ def _rule(annotation: Any, bounds: dict[str, Any]) -> str:
 
 def _text_rule(bounds: dict[str, Any]) -> str:
     if "pattern" in bounds:
-        return f"a text of {NAME_RULE if bounds['pattern'] == NAME_PATTERN else bounds['pattern']}"
+        return PATTERN_RULES[bounds["pattern"]]
     text = "a non-empty text" if bounds.get("min_length") else "a text"
     return f"{text} of at most {bounds['max_length']} characters" if "max_length" in bounds else text
 

@@ -41,6 +41,8 @@ def _plain(kind: str, location: tuple[int | str, ...], got: Any) -> str:
         return _unknown(location, name)
     if name in section_names():
         return _not_a_section(name, got)
+    if name not in all_keys():
+        return _in_item(kind, location, got)
     key = all_keys()[name]
     positions = [part for part in location if isinstance(part, int)]
     rule = key.item_rule if positions else key.rule
@@ -48,6 +50,18 @@ def _plain(kind: str, location: tuple[int | str, ...], got: Any) -> str:
         rule = rule.replace("a number", "a finite number", 1)
     shown = name + "".join(f"[{position}]" for position in positions)
     return f"{shown} must be {rule}, got {show(got)}{_remedy(rule, got, key.choices)}"
+
+
+def _in_item(kind: str, location: tuple[int | str, ...], got: Any) -> str:
+    """A problem inside an item of a list of sections, such as lora.tiers[0].rank."""
+    first = next(index for index, part in enumerate(location) if isinstance(part, int))
+    name = ".".join(str(part) for part in location[:first])
+    rest = [str(part) for part in location[first + 1 :]]
+    shown = f"{name}[{location[first]}]" + "".join(f".{part}" for part in rest)
+    field = next(field for field in all_keys()[name].fields if field.name == f"{name}.{rest[0]}")
+    if kind == "missing":
+        return f"{shown} must be set: {field.meaning}"
+    return f"{shown} must be {field.rule}, got {show(got)}"
 
 
 def _unknown(location: tuple[int | str, ...], name: str) -> str:

@@ -44,6 +44,10 @@ class RunConfig(Node):
         lt=2**63,
     )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where a GPU is visible, else cpu")
+    merged_model: bool = key(
+        False,
+        "besides the adapter, write model/: the base with everything that was learned merged in, for transformers",
+    )
     threads_per_process: int = key(
         1,
         "CPU threads of each process; at equal threads the results are equal bits, whatever the number of "
@@ -161,6 +165,18 @@ class ModelConfig(Node):
     )
 
 
+class TierConfig(Node):
+    """A resource tier: clients with the same LoRA ranks."""
+
+    share: float = key(
+        1.0, "probability of a client being of this tier; shares are divided by their sum", gt=0
+    )
+    rank: int = key(..., "LoRA rank", gt=0)
+    module_ranks: dict[str, Annotated[int, Field(gt=0)]] = key(
+        {}, "other ranks for some modules, by their names or the ends of them"
+    )
+
+
 class LoraConfig(Node):
     """The adapter that clients train."""
 
@@ -179,11 +195,21 @@ class LoraConfig(Node):
         min_length=1,
     )
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    tiers: tuple[TierConfig, ...] = key(
+        (),
+        "resource tiers with LoRA ranks of their own, such as [{share: 0.8, rank: 8}, {share: 0.2, rank: 30, "
+        "module_ranks: {fc1: 200, fc2: 200}}]; each client is of one tier for the whole run; empty: all have lora.rank",
+    )
 
 
 class CohortConfig(Node):
-    """Which clients take part in a round. Set one of the three."""
+    """Which clients take part in a round. Set one of size, fraction and client_ids."""
 
+    sampling: Literal["fixed", "poisson"] = key(
+        "fixed",
+        "fixed: exactly so many clients, without replacement; poisson: each client by itself with probability size / "
+        "num_clients, as differential privacy needs it; a round may then be empty",
+    )
     size: int | None = key(
         8,
         "clients of a round, drawn without replacement; null when one of the others is set",
@@ -239,7 +265,11 @@ class PackConfig(Node):
         gt=0,
     )
     max_slots: int = key(
-        8, "clients of a pack that train at the same time; the others wait for a free slot", "clients", gt=0
+        8,
+        "most clients of a pack that train at the same time, fewer where LoRA ranks are very large; the others wait "
+        "for a free slot",
+        "clients",
+        gt=0,
     )
     max_tokens: int | None = key(
         None,
@@ -276,6 +306,11 @@ class TrainingConfig(Node):
     max_grad_norm: float | None = key(
         1.0, "clip each client's gradient to this norm; null: do not clip", gt=0
     )
+    proximal_mu: float = key(
+        0.0,
+        "FedProx (arXiv 1812.06127): adds mu/2 times the squared distance from the received factors",
+        ge=0,
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     pack: PackConfig = Field(default_factory=PackConfig)
@@ -289,14 +324,113 @@ class TrainingConfig(Node):
         return node
 
 
+STRATEGY_NAMES = (
+    "fedavg",
+    "local",
+    "centralized",
+    "flexlora",
+    "flexlora_delta",
+    "flexlora_partitioned",
+    "hlora",
+    "hetlora",
+    "hetlora_naive",
+    "rbla",
+    "flora",
+    "fedex",
+    "ffa",
+    "rolora",
+    "fedsa",
+    "fedsvd",
+    "florist",
+    "slora",
+    "scaffold",
+)
+STRATEGY_PATTERN = rf"^({'|'.join(STRATEGY_NAMES)}|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
+
+
+OPTION_PATTERN = r"^[A-Za-z_]\w*="
+
+
+class HetLoraConfig(Node):
+    """Strategy hetlora (arXiv 2401.06432)."""
+
+    pruning_factor: float = key(
+        0.99, "gamma: share of its rank that a client keeps when it prunes itself; 1: no pruning", gt=0, le=1
+    )
+    tail_penalty: float = key(
+        1e-3, "lambda: weight of the penalty on the rank rows that pruning would cut", ge=0
+    )
+    min_rank: int = key(1, "least LoRA rank after pruning", gt=0)
+
+
+class FloristConfig(Node):
+    """Strategy florist (arXiv 2506.09199)."""
+
+    energy: float = key(
+        0.99, "share of the squared singular values that the global adapter keeps", "fraction", gt=0, le=1
+    )
+
+
+class SloraConfig(Node):
+    """Strategy slora (arXiv 2308.06522)."""
+
+    rounds: int = key(
+        5, "rounds of sparse full-weight training before LoRA (arXiv 2402.11505: 5)", "rounds", gt=0
+    )
+    density: float = key(
+        0.0012,
+        "share of the weights that train in these rounds (arXiv 2402.11505: 0.0012)",
+        "fraction",
+        gt=0,
+        le=1,
+    )
+    then: Literal["fedavg", "flexlora"] = key("fedavg", "strategy of the rounds after them")
+
+
 class StrategyConfig(Node):
     """The federated method."""
 
-    name: Literal["fedavg", "local", "centralized"] = key(
+    name: str = key(
         "fedavg",
-        "fedavg: factors averaged apart (FedIT with adamw); local: no aggregation; centralized: the pooled "
-        "data, as many examples a round as the cohort would see",
+        "one of "
+        + ", ".join(STRATEGY_NAMES)
+        + "; or a class of your own as package.module:Class (docs/strategies.md describes all)",
+        pattern=STRATEGY_PATTERN,
     )
+    options: tuple[Annotated[str, Field(pattern=OPTION_PATTERN)], ...] = key(
+        (), "arguments for a class of your own, each as name=value"
+    )
+    hetlora: HetLoraConfig = Field(default_factory=HetLoraConfig)
+    florist: FloristConfig = Field(default_factory=FloristConfig)
+    slora: SloraConfig = Field(default_factory=SloraConfig)
+
+
+class ServerOptimizerConfig(Node):
+    """A server optimizer around a strategy that averages factors (arXiv 2003.00295; fedavgm: arXiv 1909.06335)."""
+
+    name: Literal["none", "fedavgm", "fedadam", "fedyogi", "fedadagrad"] = key(
+        "none", "none: the mean of the cohort is the next adapter"
+    )
+    lr: float | None = key(
+        None,
+        "server learning rate; null: 1 for fedavgm, else 0.01, which is our choice: the paper tunes it",
+        gt=0,
+    )
+    beta1: float = key(0.9, "decay of the mean change; not used by fedadagrad", ge=0, lt=1)
+    beta2: float = key(0.99, "fedadam, fedyogi: decay of the mean squared change", ge=0, lt=1)
+    tau: float = key(1e-3, "added to the root of the mean squared change; not used by fedavgm", gt=0)
+
+
+class PrivacyConfig(Node):
+    """Client-level differential privacy (arXiv 1710.06963), for strategies that average factors."""
+
+    clip_norm: float | None = key(
+        None, "norm to which each client's whole update is clipped; null: no differential privacy", gt=0
+    )
+    noise_multiplier: float = key(
+        1.0, "standard deviation of the noise on the sum of updates / clip_norm", ge=0
+    )
+    delta: float = key(1e-5, "delta of the (epsilon, delta) that is reported as privacy/epsilon", gt=0, lt=1)
 
 
 class AggregationConfig(Node):
@@ -305,6 +439,15 @@ class AggregationConfig(Node):
     client_weights: Literal["examples", "tokens", "uniform"] = key(
         "examples", "weight of a client: its training examples, its label tokens, or 1"
     )
+    svd_device: Literal["cpu", "cuda"] = key(
+        "cpu", "where the server's mathematics runs: on the CPU, or on the GPU of the process"
+    )
+    svd_placement: Literal["root", "sharded"] = key(
+        "root",
+        "root: rank 0 aggregates all modules, as the papers do; sharded: module i on rank i mod N, with equal bits",
+    )
+    server_optimizer: ServerOptimizerConfig = Field(default_factory=ServerOptimizerConfig)
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
 
 
 class EvaluationConfig(Node):

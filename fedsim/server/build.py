@@ -1,30 +1,48 @@
 """From a configuration to the objects of a run."""
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedsim.aggregation.build import build_strategy
+from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.private import PrivacySettings
+from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
+from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
 from fedsim.config.schema import CohortConfig, Config, TrainingConfig
+from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.evaluation.clients import ClientTest, CommonTest, NoTest, OwnSplitTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
-from fedsim.lora.initial import initial_adapter
+from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.models.base import BaseModel
+from fedsim.models.base_update import UpdatableBase
+from fedsim.models.targets import find_targets
 from fedsim.seeding import numpy_generator
+from fedsim.server.aggregation import Aggregator
+from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
+from fedsim.server.tiers import Tiers, draw_tiers, module_ranks
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
+CLIENTS = "clients"
+"""Folder of what belongs to single clients, in the run folder."""
 
-def build_run(config: Config, group: Group, base: BaseModel, data: FederatedData) -> Run:
+
+def build_run(
+    config: Config, group: Group, base: BaseModel, data: FederatedData, tiers: Tiers, strategy: Strategy
+) -> Run:
     """Put the pieces together; checks what only the pieces together can tell.
 
     Args:
@@ -32,21 +50,27 @@ def build_run(config: Config, group: Group, base: BaseModel, data: FederatedData
         group: the processes.
         base: the base model on this process's device; its target modules are replaced in place.
         data: examples and partition.
+        tiers: LoRA ranks of each client.
+        strategy: the federated method.
 
     Raises:
         ConfigError: the configuration does not fit the data or the model.
     """
-    strategy = build_strategy(config.strategy.name, config.aggregation.client_weights)
-    if not strategy.has_global_model and config.evaluation.client_test == "off":
-        raise ConfigError(
-            "evaluation.client_test must be common or own_split with strategy.name="
-            f"{strategy.name}, which has no global model to test, got 'off'"
-        )
-    trainer, scorer = build_engine(config, group, base, data.train)
+    targets = find_targets(base.model, config.lora.target_modules)
+    updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
+    trainer, scorer = build_engine(config, group, base, data.train, strategy.traits.changes_base)
+    cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
     return Run(
         group=group,
         data=data,
         strategy=strategy,
+        aggregator=Aggregator(
+            group.device if config.aggregation.svd_device == "cuda" else torch.device("cpu"),
+            config.aggregation.svd_placement == "sharded",
+        ),
+        tiers=tiers,
+        store=ClientStore(Path(config.run.output_dir).expanduser() / config.run.name / CLIENTS),
+        base=updatable,
         trainer=trainer,
         global_test=_evaluator(
             config,
@@ -57,45 +81,141 @@ def build_run(config: Config, group: Group, base: BaseModel, data: FederatedData
             ),
         ),
         client_test=_client_test(config, scorer, data),
-        cohort=build_cohort_policy(config.cohort, data.partition.num_clients),
+        cohort=cohort,
         budget=_local_budget(config.training),
         local=_local_settings(config),
         num_packs=config.training.pack.num_packs,
         rounds=config.run.rounds,
         evaluate_every=config.evaluation.every_rounds,
         seed=config.run.seed,
+        privacy=_accountant(config, cohort),
     )
 
 
+def build_tiers(config: Config, targets: Mapping[str, tuple[int, int]], num_clients: int) -> Tiers:
+    """The LoRA ranks of each client.
+
+    Raises:
+        ConfigError: a tier excepts a module that is not adapted.
+    """
+    lora = config.lora
+    if not lora.tiers:
+        ranks = dict.fromkeys(targets, lora.rank)
+        return Tiers((ranks,), np.zeros(num_clients, dtype=np.int64))
+    tiers = [module_ranks(list(targets), tier.rank, tier.module_ranks) for tier in lora.tiers]
+    return draw_tiers(tiers, [tier.share for tier in lora.tiers], num_clients, config.run.seed)
+
+
+def build_federated_strategy(
+    config: Config, targets: Mapping[str, tuple[int, int]], tiers: Tiers, num_clients: int
+) -> Strategy:
+    """The strategy, with a server optimizer and differential privacy around it where they are asked for.
+
+    Raises:
+        ConfigError: the strategy does not exist, or does not go with the rest of the configuration.
+    """
+    chosen, aggregation = config.strategy, config.aggregation
+    federation = Federation(
+        num_clients=num_clients,
+        cohort_size=_expected_cohort(config.cohort, num_clients),
+        weighting=aggregation.client_weights,
+        scaling=ScalingRule(config.lora.lora_alpha, config.lora.use_rslora),
+        targets=dict(targets),
+        max_ranks=tiers.max_ranks,
+        seed=config.run.seed,
+    )
+    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist", "slora")}
+    optimizer = aggregation.server_optimizer
+    strategy = build_strategy(
+        chosen.name,
+        federation,
+        arguments.get(chosen.name, {}),
+        options=_options(chosen.options),
+        server_optimizer=None
+        if optimizer.name == "none"
+        else ServerOptimizerSettings.published(
+            optimizer.name, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.tau
+        ),
+        privacy=None
+        if aggregation.privacy.clip_norm is None
+        else PrivacySettings(aggregation.privacy.clip_norm, aggregation.privacy.noise_multiplier),
+    )
+    _check_traits(config, strategy, tiers)
+    return strategy
+
+
+def _options(options: Sequence[str]) -> dict[str, Any]:
+    pairs = (option.partition("=") for option in options)
+    return {name: read_yaml(value, f"strategy.options: {name}") for name, _, value in pairs}
+
+
+def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
+    traits = strategy.traits
+    if tiers.are_mixed and not traits.mixed_ranks:
+        raise ConfigError(
+            f"lora.tiers must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
+            f"{len(tiers.ranks)} tiers; use a strategy for mixed ranks, such as flexlora"
+        )
+    if not traits.has_global_model and config.evaluation.client_test == "off":
+        raise ConfigError(
+            "evaluation.client_test must be common or own_split with strategy.name="
+            f"{strategy.name}, which has no global model to test, got 'off'"
+        )
+    if not traits.uses_client_weights and config.aggregation.client_weights not in ("examples", "uniform"):
+        raise ConfigError(
+            f"aggregation.client_weights must be examples with strategy.name={strategy.name}, which has no use for it, "
+            f"got '{config.aggregation.client_weights}'"
+        )
+    if config.run.merged_model and not traits.has_global_model:
+        raise ConfigError(
+            f"run.merged_model must be false with strategy.name={strategy.name}, which has no global model, got true"
+        )
+
+
+def _accountant(config: Config, cohort: CohortPolicy) -> PrivacyAccountant | None:
+    privacy = config.aggregation.privacy
+    if privacy.clip_norm is None:
+        return None
+    assert cohort.probability is not None, "checked with the configuration"
+    return PrivacyAccountant(cohort.probability, privacy.noise_multiplier, privacy.delta)
+
+
 def build_initial_adapter(
-    config: Config, targets: dict[str, tuple[int, int]], dtype: torch.dtype = torch.float32
+    config: Config, targets: dict[str, tuple[int, int]], tiers: Tiers, dtype: torch.dtype = torch.float32
 ) -> AdapterState:
-    """The adapter of round 0 for the configured LoRA, on the CPU.
+    """The adapter of round 0 for the configured LoRA, of the largest rank of any client, on the CPU.
 
     Args:
         config: the configuration.
         targets: dotted module path -> (in, out features).
+        tiers: LoRA ranks of each client.
         dtype: of the factors.
     """
-    return initial_adapter(
-        targets,
-        config.lora.rank,
-        config.lora.lora_alpha,
-        config.lora.use_rslora,
-        config.run.seed,
-        dtype,
-    )
+    scaling = ScalingRule(config.lora.lora_alpha, config.lora.use_rslora)
+    return initial_adapter(targets, tiers.max_ranks, scaling, config.run.seed, dtype)
 
 
 def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     """How cohorts are chosen among `num_clients`; a fraction is rounded down, to one client at least."""
     if config.client_ids is not None:
         return CohortPolicy(num_clients, len(config.client_ids), config.client_ids)
-    if config.fraction is not None:
-        # the epsilon keeps 0.3 of 10 clients at 3, not 2
-        return CohortPolicy(num_clients, max(1, math.floor(config.fraction * num_clients + 1e-9)))
-    assert config.size is not None
-    return CohortPolicy(num_clients, config.size)
+    expected = _expected_cohort(config, num_clients)
+    if config.sampling == "poisson":
+        return CohortPolicy(num_clients, max(1, round(expected)), None, expected / num_clients)
+    return CohortPolicy(num_clients, int(expected))
+
+
+def _expected_cohort(config: CohortConfig, num_clients: int) -> float:
+    """Clients of a round; a whole number unless they are drawn independently."""
+    if config.client_ids is not None:
+        return len(config.client_ids)
+    if config.fraction is None:
+        assert config.size is not None
+        return config.size
+    if config.sampling == "poisson":
+        return config.fraction * num_clients
+    # the epsilon keeps 0.3 of 10 clients at 3, not 2
+    return max(1, math.floor(config.fraction * num_clients + 1e-9))
 
 
 def sample_examples(num_examples: int, limit: int | None, seed: int, purpose: str) -> NDArray[np.int64]:
@@ -123,6 +243,7 @@ def _local_settings(config: Config) -> LocalSettings:
         warmup_steps=training.schedule.warmup_steps,
         lora_dropout=config.lora.dropout,
         base_dropout=config.model.dropout == "as_config",
+        proximal_mu=training.proximal_mu,
         seed=config.run.seed,
     )
 

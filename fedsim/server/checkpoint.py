@@ -14,11 +14,9 @@ from fedsim.lora.state import ServerState
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_FILE = "state.json"
 TENSORS_FILE = "state.safetensors"
-_ADAPTER = "adapter"
-_STRATEGY = "strategy/"
 
 
 def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
@@ -29,9 +27,7 @@ def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
     """
     from safetensors.torch import save
 
-    named = {_ADAPTER: state.adapter} | {
-        f"{_STRATEGY}{name}": adapter for name, adapter in state.strategy_state.items()
-    }
+    named = state.adapters()
     tensors = {
         f"{name}|{module}|{side}": getattr(factors, side).detach().cpu().contiguous()
         for name, adapter in named.items()
@@ -46,6 +42,7 @@ def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
             name: {module: factors.scaling for module, factors in adapter.items()}
             for name, adapter in named.items()
         },
+        "client_versions": {str(client): version for client, version in state.client_versions.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
 
@@ -118,6 +115,23 @@ def _load(path: Path) -> ServerState:
         )
         for name, modules in description["adapters"].items()
     }
-    adapter = adapters.pop(_ADAPTER)
-    entries = {name.removeprefix(_STRATEGY): entry for name, entry in adapters.items()}
-    return ServerState(description["round_index"], adapter, entries)
+    return ServerState(
+        description["round_index"],
+        AdapterState({}),
+        client_versions=_client_versions(description),
+    ).with_adapters(adapters)
+
+
+def kept_client_versions(folder: Path) -> list[dict[int, int]]:
+    """Client -> version of its own state, of each readable checkpoint below `folder`."""
+    kept = []
+    for path in list_checkpoints(folder):
+        try:
+            kept.append(_client_versions(json.loads((path / STATE_FILE).read_text(encoding="utf-8"))))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("checkpoint %s is damaged (%s)", path, error)
+    return kept
+
+
+def _client_versions(description: dict[str, Any]) -> dict[int, int]:
+    return {int(client): int(version) for client, version in description["client_versions"].items()}

@@ -18,13 +18,15 @@ class CohortPolicy:
 
     Attributes:
         num_clients: all clients of the federation.
-        size: clients of a round.
+        size: clients of a round; the expected number where they are drawn independently.
         client_ids: the same clients in every round, or None to draw them.
+        probability: with which each client is drawn by itself (Poisson sampling), or None for exactly `size` clients.
     """
 
     num_clients: int
     size: int
     client_ids: tuple[int, ...] | None = None
+    probability: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +52,15 @@ class LocalBudget:
 
 
 def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[int, ...]:
-    """The clients of a round in ascending order: `size` of them without replacement, or the fixed list.
+    """The clients of a round in ascending order, as `policy` says; none at all may come out of Poisson sampling.
 
     The draw depends on (seed, round) alone.
     """
     if policy.client_ids is not None:
         return tuple(sorted(policy.client_ids))
+    if policy.probability is not None:
+        tosses = numpy_generator(seed, "cohort", round_index).random(policy.num_clients)
+        return tuple(np.flatnonzero(tosses < policy.probability).tolist())
     drawn = numpy_generator(seed, "cohort", round_index).choice(
         policy.num_clients, size=policy.size, replace=False, shuffle=False
     )

@@ -23,7 +23,9 @@ MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
 """`training.pack.max_tokens=null`: a GPU wants many tokens, a CPU's caches do not."""
 
 
-def build_engine(config: Config, group: Group, base: BaseModel, store: TokenStore) -> tuple[Trainer, Scorer]:
+def build_engine(
+    config: Config, group: Group, base: BaseModel, store: TokenStore, changes_base: bool = False
+) -> tuple[Trainer, Scorer]:
     """The trainer and the scorer, both on the same base, which is changed in place.
 
     Args:
@@ -31,6 +33,7 @@ def build_engine(config: Config, group: Group, base: BaseModel, store: TokenStor
         group: the processes.
         base: on this process's device.
         store: training examples.
+        changes_base: whether the weights of the target modules will change; these are then not packed for oneDNN.
 
     Raises:
         ConfigError: a target module is not in the base.
@@ -39,7 +42,7 @@ def build_engine(config: Config, group: Group, base: BaseModel, store: TokenStor
     """
     targets = find_targets(base.model, config.lora.target_modules)
     if choose_cpu_linear(config.model.cpu_linear, group.device, base.dtype, linear_shapes(base.model)):
-        report = prepack_frozen_linears(base.model)
+        report = prepack_frozen_linears(base.model, skip=list(targets) if changes_base else ())
         logger.info(
             "model.cpu_linear: %d frozen linear modules packed for oneDNN, %.0f MiB more memory a process",
             report.num_modules,

@@ -9,12 +9,12 @@ from fedsim.server.round import RoundReport
 Metrics = dict[str, int | float | None]
 
 
-def round_metrics(report: RoundReport, pickled_payload_mib: float) -> Metrics:
+def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Metrics:
     """One flat record of a round; keys are `group/name`, times in seconds, losses in nats per label token.
 
     Args:
         report: of the round.
-        pickled_payload_mib: what one client sends, counted as in arXiv 2502.18910, Table 1.
+        pickled_payload_mib: what one client sends, as arXiv 2502.18910, Table 1, counts it; None where unknown.
     """
     clients = report.clients
     train_s = max(report.train_seconds_by_rank)
@@ -24,23 +24,30 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float) -> Metrics:
         "cohort/num_clients": len(clients),
         "cohort/num_dropped": report.num_dropped,
         "cohort/num_examples": sum(client.num_examples for client in clients),
-        "train/loss": math.fsum(client.train_loss_mean for client in clients) / len(clients),
+        "train/loss": _mean([client.train_loss_mean for client in clients]),
         "train/steps": sum(client.steps for client in clients),
         "train/tokens": tokens,
         "train/tokens_per_s": tokens / train_s,
         "train/clients_per_s": len(clients) / train_s,
         "comm/uplink_bytes": sum(client.uplink_bytes for client in clients),
         "comm/downlink_bytes": sum(client.downlink_bytes for client in clients),
-        "comm/client_payload_bytes": max(client.uplink_bytes for client in clients),
-        "comm/client_payload_pickled_mib": pickled_payload_mib,
+        "comm/client_payload_bytes": max((client.uplink_bytes for client in clients), default=0),
         "packs/num_packs": report.num_packs,
-        "packs/slot_occupancy": math.fsum(client.pack_occupancy for client in clients) / len(clients),
-        "packs/attention_padding": math.fsum(client.pack_padding for client in clients) / len(clients),
+        "packs/slot_occupancy": _mean([client.pack_occupancy for client in clients]),
+        "packs/attention_padding": _mean([client.pack_padding for client in clients]),
         "ranks/idle_share": 1.0
         - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * train_s),
     }
+    if pickled_payload_mib is not None:
+        metrics["comm/client_payload_pickled_mib"] = pickled_payload_mib
+    metrics |= report.figures
     metrics |= {f"time/{phase}": seconds for phase, seconds in report.seconds.items()}
     return metrics | _test_metrics(report)
+
+
+def _mean(values: list[float]) -> float | None:
+    """None for a round without clients."""
+    return math.fsum(values) / len(values) if values else None
 
 
 def _test_metrics(report: RoundReport) -> Metrics:
@@ -85,6 +92,9 @@ def _row(round_index: int, client: ClientReport) -> dict[str, int | float | None
         "train_loss_mean": client.train_loss_mean,
         "test_loss_before": client.test_loss_before,
         "test_loss_after": client.test_loss_after,
+        "trained_parameters": client.trained_parameters,
+        "uplink_bytes": client.uplink_bytes,
+        "downlink_bytes": client.downlink_bytes,
         "pack": client.pack,
         "process_rank": client.process_rank,
         "seconds": client.seconds,

@@ -1,22 +1,29 @@
 """One synchronous round."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
-from fedsim.aggregation.strategy import FactorStream, Strategy
-from fedsim.comm.agree import all_or_none, consume_on_root
-from fedsim.comm.exchange import broadcast_state, gather_reports, gather_stacks
+from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.strategy import Aggregated, Strategy
+from fedsim.comm.agree import all_or_none
+from fedsim.comm.exchange import gather_reports
 from fedsim.comm.group import Group
 from fedsim.comm.placement import place
 from fedsim.data.build import FederatedData
 from fedsim.evaluation.clients import ClientTest
 from fedsim.evaluation.losses import LossEvaluator, LossSums, merge_batches
 from fedsim.lora.factors import AdapterState
+from fedsim.lora.plan import Client, ClientPlan, sides_bytes
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
+from fedsim.models.base_update import UpdatableBase
+from fedsim.server.aggregation import Aggregator
+from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
+from fedsim.server.tiers import Tiers
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
 from fedsim.training.settings import LocalSettings
 from fedsim.training.trainer import Trainer
@@ -51,6 +58,10 @@ class Run:
         group: the processes.
         data: tokenized examples and their partition.
         strategy: the federated method.
+        aggregator: where its mathematics runs.
+        tiers: LoRA ranks of each client.
+        store: what belongs to single clients.
+        base: weights that follow the server's updates of the base.
         trainer: local training on this process.
         global_test: the global test set.
         client_test: the test of a client's adapter before and after local training.
@@ -61,12 +72,17 @@ class Run:
         rounds: rounds of the whole run.
         evaluate_every: rounds between evaluations.
         seed: the run's seed.
+        privacy: what differential privacy has been spent; None without it.
         watch: is told how the round goes on.
     """
 
     group: Group
     data: FederatedData
     strategy: Strategy
+    aggregator: Aggregator
+    tiers: Tiers
+    store: ClientStore
+    base: UpdatableBase
     trainer: Trainer
     global_test: LossEvaluator
     client_test: ClientTest
@@ -77,11 +93,22 @@ class Run:
     rounds: int
     evaluate_every: int
     seed: int
+    privacy: PrivacyAccountant | None = None
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
         return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+
+    def client(self, client_id: int, state: ServerState) -> Client:
+        """A client with what was kept for it, on the group's device.
+
+        Raises:
+            CheckpointError: its file is damaged.
+        """
+        kept = self.store.load(client_id, state.client_versions)
+        on_device = {name: tensor.to(self.group.device) for name, tensor in kept.items()}
+        return Client(client_id, self.tiers.lora_ranks(client_id), on_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +123,8 @@ class RoundReport:
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
+        figures: what the strategy and the privacy accountant say about the round, by metric.
+        spectra: module -> singular values of the average update, where the strategy knows them.
     """
 
     round_index: int
@@ -105,6 +134,8 @@ class RoundReport:
     global_test: LossSums | None
     seconds: dict[str, float]
     train_seconds_by_rank: tuple[float, ...]
+    figures: Mapping[str, float] = field(default_factory=dict)
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
@@ -120,99 +151,143 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
 
     run.watch.phase("training")
-    updates: list[ClientUpdate] = []
+    trained = _Trained([], [])
     with all_or_none(run.group, f"local training, round {round_index}"):
-        updates = _train_packs(state, run, [packs[index] for index in mine])
-        trained = time.perf_counter()
+        trained = _train_packs(state, run, [packs[index] for index in mine])
+        trained_at = time.perf_counter()
 
     run.watch.phase("aggregating")
-    clients = gather_reports(run.group, updates)
-    busy = tuple(run.group.gather_objects(trained - began))
-    factors = _TimedStream(gather_stacks(run.group, updates))
+    clients = gather_reports(run.group, trained.updates)
+    told = run.group.gather_objects((trained_at - began, trained.wrote_state))
     gathering = time.perf_counter()
-    aggregated = consume_on_root(
-        run.group,
-        f"aggregation, round {round_index}",
-        factors,
-        lambda stream: run.strategy.aggregate(state, clients, stream),
-    )
-    next_state = broadcast_state(run.group, state, aggregated)
+    aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
+    next_state = _with_versions(run, state, aggregated.state, [ids for _, ids in told])
     aggregated_at = time.perf_counter()
 
     run.watch.phase("evaluating")
     global_test = None
-    if run.evaluates(round_index) and run.strategy.has_global_model:
-        global_test = measure_global(run, next_state.adapter, f"evaluation, round {round_index}")
+    if next_state.base_update is not None:
+        with all_or_none(run.group, f"updating the base, round {round_index}"):
+            run.base.apply(next_state.base_update)
+    if run.evaluates(round_index) and run.strategy.traits.has_global_model:
+        global_test = measure_global(run, next_state, f"evaluation, round {round_index}")
     ended = time.perf_counter()
-    seconds = {
-        "train_s": trained - began,
-        "wait_s": gathering - trained,
-        "gather_s": factors.seconds,
-        "aggregate_s": aggregated_at - gathering - factors.seconds,
-        "evaluate_s": ended - aggregated_at,
-        "round_s": ended - began,
-    }
     return next_state, RoundReport(
-        round_index, clients, len(jobs) - len(clients), len(packs), global_test, seconds, busy
+        round_index=round_index,
+        clients=clients,
+        num_dropped=len(jobs) - len(clients),
+        num_packs=len(packs),
+        global_test=global_test,
+        seconds={
+            "train_s": trained_at - began,
+            "wait_s": gathering - trained_at,
+            "gather_s": gather_s,
+            "aggregate_s": aggregated_at - gathering - gather_s,
+            "evaluate_s": ended - aggregated_at,
+            "round_s": ended - began,
+        },
+        train_seconds_by_rank=tuple(seconds for seconds, _ in told),
+        figures=_figures(run, round_index, aggregated),
+        spectra=aggregated.spectra,
     )
 
 
 def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients of a round do; the same on every rank."""
     cohort = sample_cohort(run.cohort, run.seed, round_index)
-    if run.strategy.trains_pool:
+    if run.strategy.traits.trains_pool:
         return pooled_job(cohort, run.data, run.budget, run.local, round_index)
     return client_jobs(cohort, run.data, run.budget, run.local)
 
 
-def measure_global(run: Run, adapter: AdapterState, what: str) -> LossSums:
+def measure_global(run: Run, state: ServerState, what: str) -> LossSums:
     """Loss sums of the global test set, measured by all ranks together; equal bits for any number of them."""
     mine = range(run.group.rank, len(run.global_test.batches), run.group.world_size)
     measured: dict[int, LossSums] = {}
     with all_or_none(run.group, what):
-        measured = run.global_test.measure(adapter, mine)
+        measured = run.global_test.measure(run.strategy.export(state), mine)
     everywhere = run.group.gather_objects(measured)
     return merge_batches({index: sums for part in everywhere for index, sums in part.items()})
 
 
-def _train_packs(state: ServerState, run: Run, packs: list[Pack]) -> list[ClientUpdate]:
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What this rank did in local training: its clients' uploads, and the clients whose own state it wrote."""
+
+    updates: list[ClientUpdate]
+    wrote_state: list[int]
+
+
+def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Trained:
     """Train this rank's packs; test each client before and after where the round is evaluated."""
-    updates: list[ClientUpdate] = []
+    done = _Trained([], [])
     tested = run.evaluates(state.round_index)
     num_clients = sum(len(pack.jobs) for pack in packs)
+    received: dict[int, AdapterState] = {}  # by tier: what travels is cut to a tier's ranks once
     for pack in packs:
-        starts = [run.strategy.download(state, job.client_id) for job in pack.jobs]
-        trained = run.trainer.train(pack, starts, state.round_index)
-        start_of = {job.client_id: start for job, start in zip(pack.jobs, starts, strict=True)}
-        updates += _with_test_losses(run, start_of, trained) if tested and trained else trained
-        run.watch.clients_done(
-            len(updates), num_clients, sum(update.report.trained_tokens for update in updates)
-        )
-    return updates
+        clients = {job.client_id: run.client(job.client_id, state) for job in pack.jobs}
+        plans: dict[int, ClientPlan] = {}
+        for client_id, client in clients.items():
+            tier = id(client.lora_ranks)
+            if tier not in received:
+                received[tier] = run.strategy.download(state, client.lora_ranks)
+            plans[client_id] = run.strategy.plan(state, client, received[tier])
+        trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
+        if tested and trained:
+            trained = _with_test_losses(run, plans, trained)
+        for update in trained:
+            client_id = update.report.client_id
+            _upload(state, run, clients[client_id], plans[client_id], update, done)
+        tokens = sum(update.report.trained_tokens for update in done.updates)
+        run.watch.clients_done(len(done.updates), num_clients, tokens)
+    return done
+
+
+def _upload(
+    state: ServerState, run: Run, client: Client, plan: ClientPlan, update: ClientUpdate, done: _Trained
+) -> None:
+    """Put what a client returns into `done`, and what stays with it into the store."""
+    upload = run.strategy.upload(state, client, plan, update.adapter, update.report)
+    uplink_bytes = upload.uplink_bytes
+    if uplink_bytes is None:
+        uplink_bytes = sides_bytes(upload.adapter, run.strategy.sends(state))
+    if upload.client_state is not None:
+        run.store.save(client.client_id, state.round_index, upload.client_state)
+        done.wrote_state.append(client.client_id)
+    done.updates.append(ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), upload.adapter))
+
+
+def _with_versions(
+    run: Run, state: ServerState, next_state: ServerState, wrote_state: Sequence[Sequence[int]]
+) -> ServerState:
+    """The next state, with the versions of client states that this round wrote."""
+    written = sorted(client_id for ids in wrote_state for client_id in ids)
+    if not written:
+        return next_state
+    run.store.supersede(written, state.client_versions)
+    versions = {**state.client_versions, **dict.fromkeys(written, state.round_index)}
+    return replace(next_state, client_versions=versions)
+
+
+def _figures(run: Run, round_index: int, aggregated: Aggregated) -> dict[str, float]:
+    """Means over modules of what the strategy says, and the privacy spent."""
+    names = dict.fromkeys(name for figures in aggregated.by_module.values() for name in figures)
+    means = {}
+    for name in names:
+        values = [figures[name] for figures in aggregated.by_module.values() if name in figures]
+        means[name] = math.fsum(values) / len(values)
+    if run.privacy is not None:
+        means["privacy/epsilon"] = run.privacy.epsilon(round_index + 1)
+    return means
 
 
 def _with_test_losses(
-    run: Run, start_of: Mapping[int, AdapterState], updates: Sequence[ClientUpdate]
+    run: Run, plans: Mapping[int, ClientPlan], updates: Sequence[ClientUpdate]
 ) -> list[ClientUpdate]:
     client_ids = [update.report.client_id for update in updates]
-    before = run.client_test.losses([start_of[client_id] for client_id in client_ids], client_ids)
+    before = run.client_test.losses([plans[client_id].start for client_id in client_ids], client_ids)
     after = run.client_test.losses([update.adapter for update in updates], client_ids)
     return [
         replace(update, report=replace(update.report, test_loss_before=earlier, test_loss_after=later))
         for update, earlier, later in zip(updates, before, after, strict=True)
     ]
-
-
-class _TimedStream(Iterator[tuple[str, tuple]]):  # type: ignore[type-arg]
-    """A factor stream that adds up the time spent waiting for its items."""
-
-    def __init__(self, stream: FactorStream) -> None:
-        self._stream = stream
-        self.seconds = 0.0
-
-    def __next__(self) -> tuple[str, tuple]:  # type: ignore[type-arg]
-        began = time.perf_counter()
-        try:
-            return next(self._stream)
-        finally:
-            self.seconds += time.perf_counter() - began

@@ -1,13 +1,16 @@
 """What a run is about to do, for people."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.aggregation.strategy import Strategy
 from fedsim.data.build import FederatedData
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import MIB, pickled_payload_mib
 from fedsim.server.cohort import CohortPolicy
+from fedsim.server.tiers import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class RunSummary:
         adapter: initial global adapter.
         data: examples and partition.
         cohort: how cohorts are chosen.
+        tiers: LoRA ranks of each client.
+        strategy: the federated method.
     """
 
     base_name: str
@@ -27,6 +32,8 @@ class RunSummary:
     adapter: AdapterState
     data: FederatedData
     cohort: CohortPolicy
+    tiers: Tiers
+    strategy: Strategy
 
     def lines(self) -> list[str]:
         """The summary as aligned lines of text."""
@@ -36,7 +43,8 @@ class RunSummary:
             ("data", f"{self.data.corpus_source}; test set: {self.data.test_from}"),
             ("partition", self._partition()),
             ("classes", self._classes()),
-            ("cohort", f"{self.cohort.size} of {self.cohort.num_clients} clients a round"),
+            ("strategy", self._strategy()),
+            ("cohort", f"{self._size()} of {self.cohort.num_clients} clients a round"),
             ("traffic", self._traffic()),
         ]
         return [f"{name:<10}{text}" for name, text in rows]
@@ -52,6 +60,18 @@ class RunSummary:
             f"LoRA rank {', '.join(map(str, ranks))}, {self.adapter.num_parameters:,} trainable parameters "
             f"({self.adapter.num_parameters / total:.4%})"
         )
+
+    def _strategy(self) -> str:
+        if not self.tiers.are_mixed:
+            return self.strategy.name
+        tiers = []
+        for ranks, count in zip(self.tiers.ranks, self.tiers.num_clients, strict=True):
+            shown = "/".join(map(str, sorted(set(ranks.values()))))
+            tiers.append(f"{count} clients of LoRA rank {shown}")
+        return f"{self.strategy.name}; {', '.join(tiers)}"
+
+    def _size(self) -> str:
+        return f"{self.cohort.size}" if self.cohort.probability is None else f"about {self.cohort.size}"
 
     def _partition(self) -> str:
         sizes = self.data.partition.sizes
@@ -69,8 +89,16 @@ class RunSummary:
 
     def _traffic(self) -> str:
         one_way = self.adapter.num_bytes
+        if self.tiers.are_mixed:
+            smallest = min(self._tier_bytes(ranks) for ranks in self.tiers.ranks)
+            return f"{smallest:,} to {one_way:,} bytes for the whole adapter of a client, by its tier"
         return (
             f"{one_way:,} bytes a client and direction ({one_way / MIB:.3f} MiB; "
             f"{pickled_payload_mib(self.adapter):.2f} MiB pickled), "
             f"{2 * one_way * self.cohort.size:,} bytes a round, both directions"
+        )
+
+    def _tier_bytes(self, ranks: Mapping[str, int]) -> int:
+        return sum(
+            factors.num_bytes // factors.rank * ranks[module] for module, factors in self.adapter.items()
         )

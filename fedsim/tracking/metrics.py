@@ -36,6 +36,9 @@ CLIENT_COLUMNS = {
     "train_loss_mean": pa.float64(),
     "test_loss_before": pa.float64(),
     "test_loss_after": pa.float64(),
+    "trained_parameters": pa.int64(),
+    "uplink_bytes": pa.int64(),
+    "downlink_bytes": pa.int64(),
     "pack": pa.int64(),
     "process_rank": pa.int64(),
     "seconds": pa.float64(),
@@ -63,8 +66,11 @@ class MetricsLog:
             self._rewrite(records)
         self._last_round: int = records[-1][ROUND] if records else -1
 
-    def append(self, record: Mapping[str, Scalar]) -> None:
-        """Add a round. Its `round_index` must be larger than that of every round before."""
+    def append(self, record: Mapping[str, Scalar | tuple[float, ...]]) -> None:
+        """Add a round, whose `round_index` must be larger than that of every round before.
+
+        Values may also be lists of finite numbers.
+        """
         round_index = record[ROUND]
         if not isinstance(round_index, int) or round_index <= self._last_round:
             raise RunFolderError(
@@ -123,7 +129,7 @@ class MetricsLog:
 class ClientTable:
     """`clients.parquet`: a row for each client and round, columns as in `CLIENT_COLUMNS`.
 
-    Rows are kept in columns, 112 bytes each, and reach the disk with `flush`, which writes the whole file.
+    Rows are kept in columns, 136 bytes each, and reach the disk with `flush`, which writes the whole file.
 
     Raises:
         RunFolderError: the file cannot be read or written, or its columns are not those of this version.
@@ -203,8 +209,8 @@ def client_schema() -> pa.Schema:
     )
 
 
-def _to_line(record: Mapping[str, Scalar]) -> str:
-    written: dict[str, Scalar] = {}
+def _to_line(record: Mapping[str, Scalar | tuple[float, ...]]) -> str:
+    written: dict[str, Scalar | tuple[float, ...]] = {}
     for name, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
             written[name] = None

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from fedsim.comm.agree import all_or_none, consume_on_root, on_root, root_first, same_everywhere
-from fedsim.comm.exchange import broadcast_adapter, broadcast_state, gather_reports, gather_stacks
+from fedsim.comm.agree import all_or_none, consume_stream, on_root, root_first, same_everywhere
+from fedsim.comm.exchange import (
+    broadcast_adapter,
+    broadcast_state,
+    gather_reports,
+    gather_stacks,
+    share_modules,
+)
 from fedsim.comm.group import (
     Group,
     SoloGroup,
@@ -15,11 +21,14 @@ from fedsim.comm.group import (
 )
 from fedsim.errors import AggregationError, ConfigError, DataError, PeerError
 from fedsim.lora.factors import AdapterState, LoraFactors
+from fedsim.lora.plan import NEITHER, ONLY_A, ONLY_B
 from fedsim.lora.state import ServerState
-from fedsim.lora.updates import ClientReport, ClientUpdate
+from fedsim.lora.updates import ClientUpdate
+from tests.cohorts import make_report
 from tests.helpers import run_ranks
 
 CLIENTS = (7, 3, 11, 0, 5)
+MODULES = ("b", "a")
 
 
 def update(client_id: int) -> ClientUpdate:
@@ -32,9 +41,7 @@ def update(client_id: int) -> ClientUpdate:
         )
         for name, r in (("b", rank), ("a", rank + 2))
     }
-    return ClientUpdate(
-        ClientReport(client_id, 1, 1, rank, 1, 1.0, 1.0, 1.0, 1, 0, 0, 0, 0, 1.0), AdapterState(modules)
-    )
+    return ClientUpdate(make_report(client_id, 1), AdapterState(modules))
 
 
 def gather_all(group: Group) -> tuple[list[int], list]:
@@ -42,7 +49,7 @@ def gather_all(group: Group) -> tuple[list[int], list]:
     reports = gather_reports(group, mine)
     stacks = [
         (module, [(f.A.tolist(), f.B.tolist(), f.scaling) for f in cohort])
-        for module, cohort in gather_stacks(group, mine)
+        for module, cohort in gather_stacks(group, mine, MODULES)
     ]
     return [report.client_id for report in reports], stacks
 
@@ -54,6 +61,55 @@ def test_stacks_are_in_client_order_on_every_rank_whatever_the_world_size(world_
     assert [module for module, _ in stacks] == ["b", "a"]
     for result in run_ranks(gather_all, world_size, tmp_path):
         assert result == (ids, stacks)
+
+
+def gather_sides(group: Group) -> dict:
+    mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
+    return {
+        sides: [
+            [(f.A.nan_to_num(nan=99.0).tolist(), f.B.nan_to_num(nan=99.0).tolist()) for f in cohort]
+            for _, cohort in gather_stacks(group, mine, MODULES, sides)
+        ]
+        for sides in (ONLY_A, ONLY_B, NEITHER)
+    }
+
+
+def test_sides_that_do_not_travel_arrive_as_nan(tmp_path):
+    alone = gather_sides(SoloGroup())
+    for result in run_ranks(gather_sides, 2, tmp_path):
+        assert result == alone
+    clients = sorted(CLIENTS)
+    for sides, (sent_a, sent_b) in {
+        ONLY_A: (True, False),
+        ONLY_B: (False, True),
+        NEITHER: (False, False),
+    }.items():
+        for module, cohort in zip(MODULES, alone[sides], strict=True):
+            for client, (a, b) in zip(clients, cohort, strict=True):
+                own = update(client).adapter[module]
+                assert a == (own.A if sent_a else torch.full_like(own.A, 99.0)).tolist()
+                assert b == (own.B if sent_b else torch.full_like(own.B, 99.0)).tolist()
+
+
+def test_a_round_without_clients_still_has_all_modules():
+    assert list(gather_stacks(SoloGroup(), [], MODULES)) == [("b", ()), ("a", ())]
+
+
+def share_parts(group: Group) -> list:
+    whole = update(3).adapter
+    part = AdapterState(
+        {m: f for i, (m, f) in enumerate(whole.items()) if i % group.world_size == group.rank}
+    )
+    return [
+        (m, f.A.tolist(), f.B.tolist(), f.scaling) for m, f in share_modules(group, part, list(whole)).items()
+    ]
+
+
+def test_modules_that_ranks_hold_apart_are_put_together_in_order(tmp_path):
+    alone = share_parts(SoloGroup())
+    assert [module for module, *_ in alone] == ["b", "a"]
+    for result in run_ranks(share_parts, 3, tmp_path):
+        assert result == alone
 
 
 def exercise_failures(group: Group) -> list[str]:
@@ -88,7 +144,8 @@ def exercise_failures(group: Group) -> list[str]:
             raise AggregationError("cannot average")
 
         mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
-        consume_on_root(group, "aggregation, round 0", gather_stacks(group, mine), consume)
+        stream = gather_stacks(group, mine, MODULES)
+        consume_stream(group, "aggregation, round 0", stream, consume if group.rank == 0 else None)
 
     def unequal():
         same_everywhere(group, "the base model", f"hash-{min(group.rank, 1)}")

@@ -5,7 +5,7 @@ import pytest
 from fedsim.config.help import help_text
 from fedsim.config.keys import all_keys, flatten, sections
 from fedsim.config.loader import parse_command_line, to_tree
-from fedsim.config.schema import Config
+from fedsim.config.schema import STRATEGY_NAMES, Config
 
 
 def test_the_tree_and_its_description_list_the_same_keys() -> None:
@@ -63,7 +63,8 @@ def test_help_is_printed_whatever_else_is_asked(
         ("cohort.client_ids", "a non-empty list of integers >= 0 or null"),
         ("lora.target_modules", "a non-empty list of non-empty texts"),
         ("lora.use_rslora", "true or false"),
-        ("strategy.name", "one of fedavg|local|centralized"),
+        ("strategy.name", f"one of {'|'.join(STRATEGY_NAMES)}, or package.module:Class"),
+        ("lora.tiers", "a list of sections with share, rank, module_ranks"),
         ("data.subset", "a non-empty text or null"),
     ],
 )

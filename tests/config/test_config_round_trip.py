@@ -39,6 +39,12 @@ def values_for(key: Key) -> st.SearchStrategy[Any]:
         values = st.integers(0, 2**62) | st.integers(0, 1000)
     elif rule.startswith("a number"):
         values = st.floats(0, 1) | st.floats(0, allow_infinity=False)
+    elif "list of sections" in rule:
+        tier = st.fixed_dictionaries(
+            {"rank": st.integers(1, 99), "share": st.floats(0.1, 9)},
+            optional={"module_ranks": st.dictionaries(st.sampled_from(["fc1", "a.b"]), st.integers(1, 9))},
+        )
+        values = st.lists(tier, max_size=3)
     elif "list of" in rule:
         values = st.lists(st.integers(0, 25) if "integers" in rule else TEXTS, max_size=4)
     else:
@@ -63,10 +69,15 @@ def config_with(key: Key, value: Any) -> Config:
     node = tree
     for part in path:
         node = node[part]
-    node[last] = tuple(value) if isinstance(value, list) else value
-    tree["lora"]["target_modules"] = tuple(tree["lora"]["target_modules"])
-    tree["tracking"]["wandb"]["tags"] = tuple(tree["tracking"]["wandb"]["tags"])
-    return Config.model_validate(tree)
+    node[last] = value
+    return Config.model_validate(with_tuples(tree))
+
+
+def with_tuples(tree: Any) -> Any:
+    """Pydantic's strict mode wants tuples."""
+    if isinstance(tree, dict):
+        return {name: with_tuples(value) for name, value in tree.items()}
+    return tuple(map(with_tuples, tree)) if isinstance(tree, list) else tree
 
 
 @settings(deadline=None)

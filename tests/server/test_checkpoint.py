@@ -26,12 +26,20 @@ def adapter(seed: int, dtype: torch.dtype = torch.float32) -> AdapterState:
 
 
 def state(round_index: int) -> ServerState:
-    return ServerState(round_index, adapter(round_index), {"client/000003": adapter(99, torch.float64)})
+    return ServerState(
+        round_index,
+        adapter(round_index),
+        {"client/000003": adapter(99, torch.float64)},
+        adapter(round_index + 50),
+        {3: 1, 70000: 2},
+    )
 
 
 def same(one: ServerState, other: ServerState) -> bool:
     return (
         one.round_index == other.round_index
+        and one.client_versions == other.client_versions
+        and one.base_update.equal(other.base_update)
         and one.adapter.equal(other.adapter)
         and list(one.strategy_state) == list(other.strategy_state)
         and all(entry.equal(other.strategy_state[name]) for name, entry in one.strategy_state.items())
@@ -88,7 +96,7 @@ def test_a_later_format_is_refused(tmp_path):
     newest = save_checkpoint(state(1), tmp_path, keep_last=5)
     description = json.loads((newest / "state.json").read_text())
     (newest / "state.json").write_text(json.dumps({**description, "format_version": 99}))
-    with pytest.raises(CheckpointError, match="format version 1, got 99"):
+    with pytest.raises(CheckpointError, match="format version 2, got 99"):
         load_newest_checkpoint(tmp_path)
 
 

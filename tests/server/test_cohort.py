@@ -96,3 +96,15 @@ def test_sampled_examples():
     assert len(set(drawn.tolist())) == 10
     assert sorted(drawn.tolist()) == drawn.tolist()
     assert drawn.tolist() != sample_examples(1000, 10, 1, "x").tolist()
+
+
+def test_poisson_sampling_tosses_for_each_client():
+    policy = CohortPolicy(50, 10, None, probability=0.2)
+    cohorts = [sample_cohort(policy, 7, round_index) for round_index in range(2000)]
+    sizes = np.array([len(cohort) for cohort in cohorts])
+    assert abs(sizes.mean() - 10) < 4 * np.sqrt(50 * 0.2 * 0.8 / 2000)
+    assert abs(sizes.var() - 8) < 1.2, "binomial, not fixed"
+    counts = np.bincount(np.concatenate(cohorts), minlength=50)
+    assert np.all(np.abs(counts - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8))
+    assert all(list(cohort) == sorted(set(cohort)) for cohort in cohorts[:50])
+    assert sample_cohort(CohortPolicy(3, 1, None, probability=1e-12), 0, 0) == ()

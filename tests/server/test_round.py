@@ -1,5 +1,8 @@
 """A whole round, alone and on several processes."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,19 +15,24 @@ from fedsim.data.partition import Partition
 from fedsim.evaluation.clients import CommonTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import PackedScorer, PaddedScorer, Scorer
-from fedsim.lora.initial import initial_adapter
+from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.models.adapted import AdaptedModel
+from fedsim.models.base_update import UpdatableBase
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
+from fedsim.server.aggregation import Aggregator
+from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import Run, measure_global, run_round
+from fedsim.server.tiers import Tiers
 from fedsim.training.packed import PackedTrainer
 from fedsim.training.sequential import SequentialTrainer
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 from fedsim.training.trainer import Trainer
+from tests.cohorts import make_federation
 from tests.helpers import make_store, random_texts, run_ranks, tiny_opt
 
 NUM_CLIENTS = 5
@@ -46,11 +54,23 @@ def make_data() -> FederatedData:
 
 
 def make_run(
-    group: Group, strategy: str = "fedavg", size: int = 4, num_packs: int = 4, packed: bool = True
+    group: Group,
+    strategy: str = "fedavg",
+    size: int = 4,
+    num_packs: int = 4,
+    packed: bool = True,
+    folder: Path | None = None,
+    ranks: tuple[int, ...] = (2,),
+    sharded: bool = False,
+    probability: float | None = None,
+    arguments: dict | None = None,
+    **around: Any,
 ) -> Run:
+    """A run of five clients; client k is of tier k mod len(ranks)."""
     data = make_data()
     base = tiny_opt()
     targets = find_targets(base, ["q_proj", "v_proj"])
+    updatable = UpdatableBase(base, targets)
     trainer: Trainer
     scorer: Scorer
     if packed:
@@ -60,20 +80,29 @@ def make_run(
         model = AdaptedModel(base, targets, torch.device("cpu"))
         trainer, scorer = SequentialTrainer(model, data.train, 1, False, group.rank), PaddedScorer(model, 1)
     test = LossEvaluator(scorer, data.test, data.test_classes, 3, np.arange(24), batch_tokens=40)
+    tiers = Tiers(tuple(dict.fromkeys(targets, rank) for rank in ranks), np.arange(NUM_CLIENTS) % len(ranks))
+    federation = make_federation(
+        targets=targets, num_clients=NUM_CLIENTS, cohort_size=size, max_ranks=tiers.max_ranks, seed=1
+    )
+    scaffold = strategy == "scaffold"
     return Run(
         group=group,
         data=data,
-        strategy=build_strategy(strategy, "examples"),
+        strategy=build_strategy(strategy, federation, arguments, **around),
+        aggregator=Aggregator(torch.device("cpu"), sharded),
+        tiers=tiers,
+        store=ClientStore(folder or Path("unused")),
+        base=updatable,
         trainer=trainer,
         global_test=test,
         client_test=CommonTest(test),
-        cohort=CohortPolicy(NUM_CLIENTS, size),
+        cohort=CohortPolicy(NUM_CLIENTS, size, None, probability),
         budget=LocalBudget(1, None, 3),
         local=LocalSettings(
             batch_size=3,
             accumulation=1,
-            max_grad_norm=1.0,
-            optimizer=OptimizerSettings(lr=1e-2),
+            max_grad_norm=None if scaffold else 1.0,
+            optimizer=OptimizerSettings(name="sgd", lr=0.1) if scaffold else OptimizerSettings(lr=1e-2),
             schedule="linear",
             warmup_steps=0,
             lora_dropout=0.2,
@@ -87,17 +116,32 @@ def make_run(
     )
 
 
-def start_state() -> ServerState:
+def start_state(ranks: tuple[int, ...] = (2,)) -> ServerState:
     targets = find_targets(tiny_opt(), ["q_proj", "v_proj"])
-    return ServerState(0, initial_adapter(targets, 2, 16.0, False, 1))
+    return ServerState(0, initial_adapter(targets, dict.fromkeys(targets, max(ranks)), ScalingRule(16.0), 1))
+
+
+def bits_of(state: ServerState) -> dict[str, tuple[bytes, bytes]]:
+    return {
+        f"{name}/{module}": (factors.A.numpy().tobytes(), factors.B.numpy().tobytes())
+        for name, adapter in state.adapters().items()
+        for module, factors in adapter.items()
+    }
 
 
 def three_rounds(
-    group: Group, strategy: str = "fedavg", num_packs: int = 2, packed: bool = True
+    group: Group,
+    strategy: str = "fedavg",
+    num_packs: int = 2,
+    packed: bool = True,
+    folder: Path | None = None,
+    ranks: tuple[int, ...] = (2,),
+    options: dict | None = None,
 ) -> dict[str, list]:
     """Everything that must not depend on the number of processes, as exact bytes."""
-    run = make_run(group, strategy, num_packs=num_packs, packed=packed)
-    state = start_state()
+    folder = folder / f"{group.world_size}" if folder else None
+    run = make_run(group, strategy, 4, num_packs, packed, folder, ranks, **(options or {}))
+    state = start_state(ranks)
     figures = []
     for _ in range(3):
         state, report = run_round(state, run)
@@ -110,13 +154,10 @@ def three_rounds(
             for row in client_rows(report)
         ]
         figures.append(rows)
-    adapters = {"": state.adapter, **state.strategy_state}
-    bits = {
-        f"{name}/{module}": (factors.A.numpy().tobytes(), factors.B.numpy().tobytes())
-        for name, adapter in adapters.items()
-        for module, factors in adapter.items()
-    }
-    return {"figures": figures, "bits": [bits]}
+        figures.append(dict(report.spectra))
+    clients = [run.client(client_id, state).state for client_id in range(NUM_CLIENTS)]
+    kept = [{name: tensor.numpy().tobytes() for name, tensor in client.items()} for client in clients]
+    return {"figures": figures, "bits": [bits_of(state)], "clients": kept}
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "sequential"])
@@ -129,10 +170,10 @@ def test_the_bits_do_not_depend_on_the_number_of_processes(world_size, packed, t
 
 
 def test_more_ranks_than_clients_and_the_local_baseline(tmp_path):
-    """Two packs of two clients on four ranks; the state holds one adapter for each client."""
-    alone = three_rounds(SoloGroup(), "local", 2)
-    assert len(alone["bits"][0]) == 4 * (1 + NUM_CLIENTS)
-    for result in run_ranks(three_rounds, 4, tmp_path, "local", 2):
+    """Two packs of two clients on four ranks; each client has an adapter of its own on the disk."""
+    alone = three_rounds(SoloGroup(), "local", 2, folder=tmp_path)
+    assert all(len(kept) == 8 for kept in alone["clients"]), "all five clients were drawn in three rounds"
+    for result in run_ranks(three_rounds, 4, tmp_path, "local", 2, True, tmp_path):
         assert result == alone
 
 
@@ -143,7 +184,7 @@ def test_sequential_packs_do_not_change_what_clients_learn():
 
 def test_packed_and_sequential_rounds_agree_to_rounding():
     packed, sequential = (three_rounds(SoloGroup(), packed=flag) for flag in (True, False))
-    for mine, theirs in zip(packed["figures"][::2], sequential["figures"][::2], strict=True):
+    for mine, theirs in zip(packed["figures"][::3], sequential["figures"][::3], strict=True):
         for key in ("test/loss", "train/loss", "fairness/test_loss_mean", "test/loss_length_class_1"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5)
 
@@ -169,7 +210,7 @@ def test_global_loss_is_the_mean_over_label_tokens():
     """Against a loop over single sequences without padding."""
     run = make_run(SoloGroup())
     state = start_state()
-    sums = measure_global(run, state.adapter, "evaluation")
+    sums = measure_global(run, state, "evaluation")
     base = tiny_opt()
     losses = []
     for index in range(len(run.data.test)):
@@ -211,7 +252,7 @@ def fail_on_one_rank(group: Group) -> str:
     from fedsim.errors import PeerError, TrainingError
 
     class Broken:
-        def train(self, pack, starts, round_index):
+        def train(self, pack, plans, round_index):
             raise TrainingError("the loss of client 2 must stay finite, got nan")
 
     from dataclasses import replace

@@ -1,0 +1,120 @@
+"""What belongs to single clients and outlives a round: on disk, one file for each client and version.
+
+A client's state is read by the process that trains it and written by it again, so that only the clients of a round are
+ever in memory, whatever their number. A file is never changed: a round writes new versions beside the old ones, and the
+server's state says which version of a client counts. A checkpoint therefore holds client -> version and copies nothing;
+going back to it, on any number of processes, finds the files as they were. Versions that no checkpoint needs any more
+are deleted.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fedsim.atomic import replace_file
+from fedsim.comm.agree import all_or_none
+from fedsim.comm.group import Group
+from fedsim.errors import CheckpointError, RunFolderError
+from fedsim.lora.plan import NO_STATE, ClientState
+
+CLIENTS_PER_FOLDER = 1000
+
+_NAME = re.compile(r"client_(\d+)_round_(\d+)\.safetensors")
+
+
+class ClientStore:
+    """The clients' files below one folder, which all processes share.
+
+    Args:
+        folder: need not exist before the first `save`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._superseded: set[tuple[int, int]] = set()
+
+    def load(self, client_id: int, versions: Mapping[int, int]) -> ClientState:
+        """A client's state, on the CPU; empty if it has none.
+
+        Args:
+            client_id: whose.
+            versions: client -> round that wrote the version that counts.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        if client_id not in versions:
+            return NO_STATE
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self._path(client_id, versions[client_id])
+        try:
+            state: ClientState = load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path} must hold the state of client {client_id}, and cannot be read ({error}); restore it, or "
+                "delete the newest checkpoint to go on from the one before"
+            ) from error
+        return state
+
+    def save(self, client_id: int, round_index: int, state: ClientState) -> None:
+        """Write the version of a round; on the disk when this returns.
+
+        Raises:
+            RunFolderError: the file cannot be written.
+        """
+        from safetensors.torch import save
+
+        path = self._path(client_id, round_index)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path.parent} must be writable ({error.strerror or error}); free space there or choose another "
+                "run.output_dir"
+            ) from error
+        replace_file(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
+
+    def supersede(self, client_ids: Iterable[int], versions: Mapping[int, int]) -> None:
+        """Remember that these clients' versions no longer count for the state that comes next."""
+        self._superseded |= {(client, versions[client]) for client in client_ids if client in versions}
+
+    def drop_superseded(self, kept: Iterable[Mapping[int, int]]) -> None:
+        """Delete superseded versions that none of the kept checkpoints needs; for one process only."""
+        needed = {pair for versions in kept for pair in versions.items()}
+        for client_id, round_index in self._superseded - needed:
+            self._path(client_id, round_index).unlink(missing_ok=True)
+        self._superseded &= needed
+
+    def drop_unknown(self, kept: Iterable[Mapping[int, int]]) -> None:
+        """Delete all versions that none of the kept checkpoints needs; for one process, before a run is resumed."""
+        needed = {pair for versions in kept for pair in versions.items()}
+        for path in self._folder.glob("*/client_*_round_*.safetensors"):
+            match = _NAME.fullmatch(path.name)
+            if match and (int(match[1]), int(match[2])) not in needed:
+                path.unlink(missing_ok=True)
+            elif match:
+                self._superseded.add((int(match[1]), int(match[2])))
+
+    def check_shared(self, group: Group) -> None:
+        """Check that all processes see one folder.
+
+        Raises:
+            PeerError: some process does not see what rank 0 wrote.
+        """
+        mark = self._folder / ".shared"
+        with all_or_none(group, "opening the clients' states"):
+            if group.rank == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                replace_file(mark, b"")
+        with all_or_none(group, "opening the clients' states"):
+            if not mark.exists():
+                raise RunFolderError(
+                    f"run.output_dir must be on a file system that all processes share with a strategy that keeps "
+                    f"clients' states, and this process does not see {mark}; choose another run.output_dir"
+                )
+
+    def _path(self, client_id: int, round_index: int) -> Path:
+        folder = self._folder / f"{client_id // CLIENTS_PER_FOLDER:06d}"
+        return folder / f"client_{client_id:06d}_round_{round_index:06d}.safetensors"
