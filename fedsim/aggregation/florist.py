@@ -27,9 +27,9 @@ class Florist:
         p = the smallest rank with sum_{j <= p} s_j^2 >= energy ||W||_F^2
         a client of tier rank r gets the first min(r, p) components: A = V^T, B = U S / scaling(min(r, p))
 
-    Our reading of the paper's abstract: one global pair of factors, its rank by a threshold on singular values. That the
-    threshold is on the energy, and that a client whose rank is smaller cuts the pair to it, is our choice. While W is 0
-    the initial adapter stays.
+    Our reading of the paper's abstract: one global pair of factors, its rank by a threshold on singular values. That
+    the threshold is on the energy, and that a client whose rank is smaller cuts the pair to it, is our choice. While W
+    is 0 the initial adapter stays.
 
     p may exceed the rank of every client, up to min(R, o, i): it is the global adapter, which is tested and exported,
     that keeps the energy. Clients train at the rank that they received.

@@ -36,9 +36,10 @@ from fedsim.training.slots import plan_slots_within
 
 logger = logging.getLogger(__name__)
 
-MAX_ROW_VALUES = {"cuda": 2**31, "cpu": 2**29}
+MAX_ROW_VALUES = {"cuda": 2**29, "cpu": 2**27}
 """Most values in the rank rows of all slots, of which there are four buffers, or up to seven with what plans add. So
-adapters of high rank have fewer slots: at full rank, a client of OPT-125M with six modules has 127 million values."""
+adapters of high rank have fewer slots: at full rank, a client of OPT-125M with six modules has 127 million values. In
+float32 a buffer of this size takes 2 GiB on a GPU, where slots pay most, and 0.5 GiB a process on a CPU."""
 
 Ints = NDArray[np.int64]
 
