@@ -19,7 +19,7 @@ DOORS = {"describe_base": "says what build_base would load"}
 """Function that reads a configuration though it is not called build_* -> why."""
 
 BROAD = {"Exception", "BaseException"}
-SEED_MAKERS = {"Generator", "PCG64", "SeedSequence"}
+SEED_MAKERS = {"Generator", "PCG64", "SeedSequence", "RandomState"}
 
 
 def files(*folders: str) -> list[Path]:

@@ -14,6 +14,7 @@ from fedsim.config.schema import (
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
+    PartitionConfig,
     RunConfig,
     StrategyConfig,
     TrainingConfig,
@@ -21,6 +22,15 @@ from fedsim.config.schema import (
 
 UNUSED_BY_EMBEDDED_DATA = ("subset", "train_split", "test_split", "text_field", "label_field", "client_field")
 UNUSED_BY_EMBEDDED_MODEL = ("revision", "tokenizer", "trust_remote_code", "allow_pickle")
+USERS_OF_PARTITION_KEYS = {
+    "quantity_alpha": ("length_and_quantity",),
+    "class_by": ("quantity_skew", "length_and_quantity", "pathological", "plato_label"),
+    "classes_per_client": ("pathological",),
+    "examples_per_client": ("iid", "length_skew", "label_skew", "pathological", "plato_label"),
+}
+"""Key below data.partition -> the partitioners that use it."""
+DRAWS_SIZES = ("quantity_skew", "length_and_quantity", "natural", "plato_quantity")
+LEAST_CLASSES = {"length_skew": 2, "length_and_quantity": 2, "pathological": 2, "plato_label": 2}
 UNUSED_BY_OPTIMIZER = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
 
 
@@ -94,28 +104,60 @@ def _data(data: DataConfig) -> Iterator[str]:
     if data.max_examples is None:
         return
     partition = data.partition
-    least = 1
+    least, times = 1, partition.num_clients
     why = f"data.partition.num_clients={partition.num_clients}"
-    if partition.name == "quantity_skew":
+    if partition.name in DRAWS_SIZES:
         least = partition.min_examples
         why += f" times data.partition.min_examples={least}"
     elif partition.examples_per_client is not None:
         least = partition.examples_per_client
         why += f" times data.partition.examples_per_client={least}"
-    if data.max_examples < least * partition.num_clients:
+    if partition.name in ("plato_label", "plato_quantity"):  # clients overlap
+        times, why = 1, why.partition(" times ")[2] or "1"
+    if data.max_examples < least * times:
         yield f"data.max_examples must be null or at least {why}, got {data.max_examples}"
 
 
 def _partition(data: DataConfig) -> Iterator[str]:
-    partition = data.partition
-    if partition.name == "length_skew" and partition.num_length_classes == 1:
+    partition, name = data.partition, data.partition.name
+    unused = tuple(key for key, users in USERS_OF_PARTITION_KEYS.items() if name not in users)
+    because = f"when data.partition.name is {name}"
+    because += ", which draws the sizes" if name == "quantity_skew" else ", which does not use it"
+    yield from _unused("data.partition", partition, unused, because)
+    by_label = name == "label_skew" or partition.class_by == "label"
+    if by_label and data.label_field is None:
+        got = "label_skew" if name == "label_skew" else f"{name} with class_by=label"
+        yield f"data.label_field must be set when data.partition.name is {got}, got null"
+    if name == "natural" and data.client_field is None and data.source != EMBEDDED:
+        yield "data.client_field must be set when data.partition.name is natural, got null"
+    yield from _length_classes(partition, by_label)
+    share, few = partition.examples_per_client, partition.classes_per_client
+    if name == "pathological" and share is not None and share % few != 0:
         yield (
-            "data.partition.num_length_classes must be at least 2 when data.partition.name is length_skew, "
-            "got 1; use data.partition.name=iid for no skew"
+            "data.partition.examples_per_client must be null or a multiple of "
+            f"data.partition.classes_per_client={few}, got {share}"
         )
-    if partition.name == "quantity_skew":
-        because = "when data.partition.name is quantity_skew, which draws the sizes"
-        yield from _unused("data.partition", partition, ("examples_per_client",), because)
+
+
+def _length_classes(partition: PartitionConfig, by_label: bool) -> Iterator[str]:
+    name, edges = partition.name, partition.length_edges
+    if edges is not None:
+        because = "when data.partition.length_edges is set"
+        yield from _unused("data.partition", partition, ("num_length_classes",), because)
+        if list(edges) != sorted(set(edges)):
+            yield f"data.partition.length_edges must be strictly ascending, got {show(edges)}"
+    least = LEAST_CLASSES.get(name, 1)
+    if name == "pathological":
+        least = max(least, partition.classes_per_client)
+    got = partition.num_length_classes if edges is None else len(edges) + 1
+    if by_label or got >= least:
+        return
+    key = "num_length_classes" if edges is None else "length_edges"
+    unit = "" if edges is None else " classes"
+    yield (
+        f"data.partition.{key} must be at least {least}{unit} when data.partition.name is {name}, got {got}; use "
+        "data.partition.name=iid for no skew"
+    )
 
 
 def _model(model: ModelConfig, run: RunConfig) -> Iterator[str]:

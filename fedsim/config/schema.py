@@ -61,14 +61,36 @@ class RunConfig(Node):
 class PartitionConfig(Node):
     """How examples are dealt out to clients."""
 
-    name: Literal["iid", "length_skew", "quantity_skew"] = key(
+    name: Literal[
+        "iid",
         "length_skew",
-        "iid: equal shares at random; length_skew: a Dirichlet mix of length classes for each client, equal "
-        "shares; quantity_skew: Dirichlet shares, balanced length classes (arXiv 2502.18910)",
+        "quantity_skew",
+        "length_and_quantity",
+        "label_skew",
+        "natural",
+        "pathological",
+        "plato_label",
+        "plato_quantity",
+    ] = key(
+        "length_skew",
+        "iid: equal shares at random; length_skew: a Dirichlet mix of length classes for each client, equal shares; "
+        "quantity_skew: Dirichlet shares, balanced classes (arXiv 2502.18910); length_and_quantity: Dirichlet shares "
+        "and mixes; label_skew: as length_skew, by data.label_field; natural: one client for each of the num_clients "
+        "most frequent values of data.client_field; pathological: classes_per_client classes for each client "
+        "(arXiv 1602.05629); plato_label, plato_quantity: the samplers that arXiv 2502.18910 most likely used, whose "
+        "clients overlap. No example is in two clients under the others",
     )
     num_clients: int = key(20, "clients of the federation", "clients", gt=0)
     dirichlet_alpha: float = key(
-        1.0, "concentration of the Dirichlet draw: small is skewed, large is even (not used by iid)", gt=0
+        1.0,
+        "concentration of the Dirichlet draw: small is skewed, large is even (not used by iid, natural and "
+        "pathological)",
+        gt=0,
+    )
+    quantity_alpha: float | None = key(
+        None,
+        "length_and_quantity: concentration of the draw of sizes; null: that of dirichlet_alpha",
+        gt=0,
     )
     num_length_classes: int = key(
         5,
@@ -80,13 +102,32 @@ class PartitionConfig(Node):
     length_unit: Literal["tokens", "words", "characters"] = key(
         "tokens", "what a text's length is counted in"
     )
+    length_edges: tuple[Annotated[float, Field(gt=0)], ...] | None = key(
+        None,
+        "longest length of each length class but the last, ascending, in length_unit; null: quantiles",
+        min_length=1,
+    )
+    class_by: Literal["length", "label"] = key(
+        "length",
+        "classes of quantity_skew, length_and_quantity, pathological and plato_label: length classes, or the values "
+        "of data.label_field",
+    )
+    classes_per_client: int = key(
+        2, "classes of each client under pathological (arXiv 1602.05629: 2)", "classes", gt=0
+    )
     examples_per_client: int | None = key(
         None,
-        "equal share of a client under iid and length_skew; null: as many as the corpus allows",
+        "equal share of a client under iid, length_skew, label_skew, pathological and plato_label; null: as many as "
+        "the corpus allows, and 1000 under plato_label, as in Plato's example",
         "examples",
         gt=0,
     )
-    min_examples: int = key(2, "least examples of a client under quantity_skew", "examples", gt=0)
+    min_examples: int = key(
+        2,
+        "least examples of a client under quantity_skew, length_and_quantity, natural and plato_quantity",
+        "examples",
+        gt=0,
+    )
 
 
 class DataConfig(Node):
@@ -112,9 +153,13 @@ class DataConfig(Node):
         0.1, "share of the training split held out when data.test_split is null", "fraction", gt=0, lt=1
     )
     text_field: str = key("text", "column that holds the text", min_length=1)
-    label_field: str | None = key(None, "column with a class label, kept beside each example", min_length=1)
+    label_field: str | None = key(
+        None, "column with a class label, for label_skew and data.partition.class_by=label", min_length=1
+    )
     client_field: str | None = key(
-        None, "column with a natural client, kept beside each example", min_length=1
+        None,
+        "column with a natural client, for data.partition.name=natural; embedded: the module of a docstring",
+        min_length=1,
     )
     max_examples: int | None = key(
         None, "use at most this many training examples, drawn with run.seed; null: all", "examples", gt=0

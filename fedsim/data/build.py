@@ -8,14 +8,33 @@ from numpy.typing import NDArray
 
 from fedsim.cache import content_hash
 from fedsim.config.schema import DataConfig, PartitionConfig
+from fedsim.data.columns import encode_column
 from fedsim.data.corpus import build_corpus
 from fedsim.data.iid import deal_iid
+from fedsim.data.length_and_quantity import deal_length_and_quantity
 from fedsim.data.length_skew import deal_length_skew
-from fedsim.data.lengths import assign_classes, length_classes
+from fedsim.data.lengths import assign_classes, explicit_classes, length_classes
+from fedsim.data.natural import deal_natural
 from fedsim.data.partition import Deal, Partition, check_enough, split_clients
+from fedsim.data.pathological import deal_pathological
+from fedsim.data.plato import deal_plato_label, deal_plato_quantity
 from fedsim.data.quantity_skew import deal_quantity_skew
 from fedsim.data.tokens import TokenStore, build_token_store
+from fedsim.errors import DataError
 from fedsim.seeding import numpy_generator
+
+BY_CLASS = (
+    "length_skew",
+    "label_skew",
+    "quantity_skew",
+    "length_and_quantity",
+    "pathological",
+    "plato_label",
+)
+"""Partitioners that look at classes."""
+
+MAX_LABELS_SHOWN = 1000
+"""With more labels than this, a partition that does not use them does not count them either."""
 
 Ints = NDArray[np.int64]
 
@@ -88,17 +107,21 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
     """Length classes of the training store, its examples dealt to clients, and each client's own test split.
 
     Raises:
-        DataError: there are too few examples, or (unless the partition is iid, which does not use the classes) the
-            lengths do not have as many classes as asked for.
+        DataError: there are too few examples, or the lengths or labels do not have the classes that the partitioner
+            needs. Partitioners that do not use length classes take fewer where lengths are tied.
     """
     rules = config.partition
-    check_enough(
-        len(train), rules.num_clients, 1
-    )  # before the classes, which such a corpus may not have either
-    edges, classes = length_classes(
-        _lengths(train, rules.length_unit), rules.num_length_classes, fewer_if_tied=rules.name == "iid"
-    )
-    deal = _deal(rules, classes, len(edges) + 1, numpy_generator(seed, "partition"))
+    if rules.name not in ("plato_label", "plato_quantity"):
+        # before the classes, which such a corpus may not have either
+        check_enough(len(train), rules.num_clients, 1)
+    by_label = rules.name == "label_skew" or rules.class_by == "label"
+    by_length = rules.name in BY_CLASS and not by_label
+    edges, lengths = _length_classes(rules, _lengths(train, rules.length_unit), may_fail=by_length)
+    names, labels = _labels(config, train, is_used=by_label)
+    if labels is not None and by_label:
+        deal, client_names = _deal(rules, labels, len(names), train, seed)
+    else:
+        deal, client_names = _deal(rules, lengths, len(edges) + 1, train, seed)
     train_indices, train_offsets, test_indices, test_offsets = split_clients(
         deal, len(train), config.client_test_fraction, seed
     )
@@ -108,32 +131,85 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
         train_offsets=train_offsets,
         test_indices=test_indices,
         test_offsets=test_offsets,
-        classes=classes,
+        classes=lengths,
         class_edges=edges,
         length_unit=rules.length_unit,
         truncated=train.untruncated_tokens > train.num_tokens,
         notes=deal.notes,
+        labels=labels,
+        label_names=names,
+        client_names=client_names,
     )
 
 
-def _deal(rules: PartitionConfig, classes: Ints, num_classes: int, generator: np.random.Generator) -> Deal:
-    """The one place that knows partitioners by name."""
+def _deal(
+    rules: PartitionConfig, classes: Ints, num_classes: int, train: TokenStore, seed: int
+) -> tuple[Deal, tuple[str, ...]]:
+    """The one place that knows partitioners by name. The second value names the clients; empty: they have no names."""
+    generator = numpy_generator(seed, "partition")
+    count, share, minimum = rules.num_clients, rules.examples_per_client, rules.min_examples
+    alpha = rules.dirichlet_alpha
     match rules.name:
         case "iid":
-            return deal_iid(classes.size, rules.num_clients, rules.examples_per_client, generator)
-        case "length_skew":
-            return deal_length_skew(
-                classes,
-                num_classes,
-                rules.num_clients,
-                rules.dirichlet_alpha,
-                rules.examples_per_client,
-                generator,
-            )
+            deal = deal_iid(classes.size, count, share, generator)
+        case "length_skew" | "label_skew":
+            deal = deal_length_skew(classes, num_classes, count, alpha, share, generator)
         case "quantity_skew":
-            return deal_quantity_skew(
-                classes, rules.num_clients, rules.dirichlet_alpha, rules.min_examples, generator
+            deal = deal_quantity_skew(classes, count, alpha, minimum, generator)
+        case "length_and_quantity":
+            quantity_alpha = alpha if rules.quantity_alpha is None else rules.quantity_alpha
+            deal = deal_length_and_quantity(
+                classes, num_classes, count, alpha, quantity_alpha, minimum, generator
             )
+        case "natural":
+            return _natural(rules, train)
+        case "pathological":
+            deal = deal_pathological(classes, num_classes, count, rules.classes_per_client, share, generator)
+        case "plato_label":
+            deal = deal_plato_label(classes, num_classes, count, alpha, share, seed)
+        case "plato_quantity":
+            deal = deal_plato_quantity(classes.size, count, alpha, minimum, seed)
+    return deal, ()
+
+
+def _natural(rules: PartitionConfig, train: TokenStore) -> tuple[Deal, tuple[str, ...]]:
+    if train.clients is None:
+        raise DataError("data.client_field must be set when data.partition.name is natural, got null")
+    names, codes = encode_column(train.clients)
+    return deal_natural(codes, names, rules.num_clients, rules.min_examples)
+
+
+def _length_classes(
+    rules: PartitionConfig, lengths: Ints, *, may_fail: bool
+) -> tuple[tuple[float, ...], Ints]:
+    if rules.length_edges is not None:
+        return rules.length_edges, explicit_classes(lengths, rules.length_edges, may_be_empty=not may_fail)
+    return length_classes(lengths, rules.num_length_classes, fewer_if_tied=not may_fail)
+
+
+def _labels(
+    config: DataConfig, train: TokenStore, *, is_used: bool
+) -> tuple[tuple[str, ...], NDArray[np.int64] | None]:
+    """The labels and the code of each example's; none where there are none, or so many that no one wants a histogram.
+
+    Raises:
+        DataError: the partitioner uses labels and there are fewer than two.
+    """
+    if train.labels is None:
+        if is_used:
+            raise DataError(
+                f"data.label_field must be set when data.partition.name is {config.partition.name} by label, got null"
+            )
+        return (), None
+    names, codes = encode_column(train.labels)
+    if is_used and len(names) < 2 and config.partition.name != "quantity_skew":
+        raise DataError(
+            f"data.label_field={config.label_field!r} must hold at least 2 different values for "
+            f"data.partition.name={config.partition.name}, got {len(names)}; choose data.partition.name=iid"
+        )
+    if not is_used and len(names) > MAX_LABELS_SHOWN:
+        return (), None
+    return names, codes
 
 
 def _lengths(store: TokenStore, unit: str) -> Ints:

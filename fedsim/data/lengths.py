@@ -51,6 +51,27 @@ def length_classes(
     return inner, assign_classes(values, inner)
 
 
+def explicit_classes(lengths: ArrayLike, edges: tuple[float, ...], *, may_be_empty: bool = False) -> Ints:
+    """(N,) class of each length under edges from the configuration, as `assign_classes`.
+
+    Args:
+        edges: strictly ascending, in the unit of the lengths.
+        may_be_empty: accept classes that hold no example.
+
+    Raises:
+        DataError: a class is empty and `may_be_empty` is False.
+    """
+    values = np.asarray(lengths)
+    classes = assign_classes(values, edges)
+    counts = np.bincount(classes, minlength=len(edges) + 1)
+    if not may_be_empty and not counts.all():
+        raise DataError(
+            f"data.partition.length_edges must leave no length class empty, but the classes hold {counts.tolist()} "
+            f"training examples (lengths {values.min()} to {values.max()}); choose edges within these lengths"
+        )
+    return classes
+
+
 def assign_classes(lengths: ArrayLike, edges: tuple[float, ...]) -> Ints:
     """(N,) class of each length under edges from `length_classes`: the number of edges below it."""
     return np.searchsorted(np.asarray(edges, dtype=np.float64), np.asarray(lengths), side="left").astype(

@@ -6,7 +6,14 @@ N = examples, K = clients.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.data.partition import Deal, check_enough, largest_remainder, log_gamma_draws, to_deal
+from fedsim.data.partition import (
+    Deal,
+    check_enough,
+    largest_remainder,
+    log_gamma_draws,
+    sort_by_class,
+    to_deal,
+)
 
 Ints = NDArray[np.int64]
 
@@ -34,15 +41,31 @@ def deal_quantity_skew(
         DataError: K * min_examples > N.
     """
     check_enough(classes.size, num_clients, min_examples)
-    shares = _shares(num_clients, dirichlet_alpha, generator)
-    sizes = _sizes(shares, classes.size, min_examples)
+    sizes, num_raised = draw_sizes(num_clients, classes.size, dirichlet_alpha, min_examples, generator)
     clients = np.repeat(np.arange(num_clients), sizes)
     notes = {
         "policy": f"shares drawn from Dirichlet({dirichlet_alpha:g}); those below {min_examples} examples are raised "
-        "to that and the others scaled down alike; length classes as in the corpus; every example is used",
-        "clients_below_minimum": int((shares * classes.size < min_examples).sum()),
+        "to that and the others scaled down alike; classes as in the corpus; every example is used",
+        "clients_below_minimum": num_raised,
     }
     return to_deal(_interleave(classes, generator), clients, num_clients, notes)
+
+
+def draw_sizes(
+    num_clients: int,
+    num_examples: int,
+    dirichlet_alpha: float,
+    min_examples: int,
+    generator: np.random.Generator,
+) -> tuple[Ints, int]:
+    """Sizes of K clients that sum to N: shares from Dirichlet(alpha), those below the minimum raised to it.
+
+    Returns:
+        (K,) sizes, each at least `min_examples`, and how many clients had drawn less than that.
+    """
+    shares = _shares(num_clients, dirichlet_alpha, generator)
+    sizes = _sizes(shares, num_examples, min_examples)
+    return sizes, int((shares * num_examples < min_examples).sum())
 
 
 def _shares(num_clients: int, dirichlet_alpha: float, generator: np.random.Generator) -> NDArray[np.float64]:
@@ -71,8 +94,7 @@ def _sizes(shares: NDArray[np.float64], num_examples: int, min_examples: int) ->
 
 def _interleave(classes: Ints, generator: np.random.Generator) -> Ints:
     """(N,) example indices; example j of the m of a class stands at (j + u) / m of the way, u random per class."""
-    shuffled = generator.permutation(classes.size)
-    by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    by_class = sort_by_class(generator.permutation(classes.size), classes)
     counts = np.bincount(classes)
     shifts = generator.random(counts.size)
     place = np.arange(classes.size) - np.repeat(np.cumsum(counts) - counts, counts)

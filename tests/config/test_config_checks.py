@@ -68,6 +68,76 @@ REFUSED = [
         "data.partition.examples_per_client must stay at its default null when data.partition.name is "
         "quantity_skew, which draws the sizes, got 5",
     ),
+    (
+        ["data.partition.name=plato_quantity", "data.partition.examples_per_client=5"],
+        "data.partition.examples_per_client must stay at its default null when data.partition.name is plato_quantity, "
+        "which does not use it, got 5",
+    ),
+    (
+        ["data.partition.quantity_alpha=0.1"],
+        "data.partition.quantity_alpha must stay at its default null when data.partition.name is length_skew",
+    ),
+    (
+        [*CORPUS, "data.label_field=topic", "data.partition.class_by=label"],
+        "data.partition.class_by must stay at its default 'length' when data.partition.name is length_skew",
+    ),
+    (
+        ["data.partition.classes_per_client=3"],
+        "data.partition.classes_per_client must stay at its default 2 when data.partition.name is length_skew",
+    ),
+    (
+        [*CORPUS, "data.partition.name=label_skew"],
+        "data.label_field must be set when data.partition.name is label_skew, got null",
+    ),
+    (
+        [*CORPUS, "data.partition.name=pathological", "data.partition.class_by=label"],
+        "data.label_field must be set when data.partition.name is pathological with class_by=label, got null",
+    ),
+    (
+        [*CORPUS, "data.partition.name=natural"],
+        "data.client_field must be set when data.partition.name is natural, got null",
+    ),
+    (
+        ["data.partition.length_edges=[20,20,50]"],
+        "data.partition.length_edges must be strictly ascending, got [20.0, 20.0, 50.0]",
+    ),
+    (
+        ["data.partition.length_edges=[20,50]", "data.partition.num_length_classes=3"],
+        "data.partition.num_length_classes must stay at its default 5 when data.partition.length_edges is set, got 3",
+    ),
+    (["data.partition.length_edges=[]"], "data.partition.length_edges must"),
+    (
+        ["data.partition.name=pathological", "data.partition.classes_per_client=6"],
+        "data.partition.num_length_classes must be at least 6 when data.partition.name is pathological, got 5",
+    ),
+    (
+        [
+            "data.partition.name=pathological",
+            "data.partition.classes_per_client=3",
+            "data.partition.length_edges=[20]",
+        ],
+        "data.partition.length_edges must be at least 3 classes when data.partition.name is pathological, got 2",
+    ),
+    (
+        ["data.partition.name=plato_label", "data.partition.num_length_classes=1"],
+        "data.partition.num_length_classes must be at least 2 when data.partition.name is plato_label, got 1",
+    ),
+    (
+        ["data.partition.name=pathological", "data.partition.examples_per_client=7"],
+        "data.partition.examples_per_client must be null or a multiple of data.partition.classes_per_client=2, got 7",
+    ),
+    (
+        ["data.partition.name=natural", "data.max_examples=30"],
+        "at least data.partition.num_clients=20 times data.partition.min_examples=2, got 30",
+    ),
+    (
+        [
+            "data.partition.name=plato_label",
+            "data.partition.examples_per_client=40",
+            "data.max_examples=30",
+        ],
+        "data.max_examples must be null or at least data.partition.examples_per_client=40, got 30",
+    ),
     (["run.device=cpu", "comm.backend=nccl"], "comm.backend must be auto or gloo when run.device is cpu"),
     (
         ["run.device=cpu", "model.dtype=float16"],
@@ -127,6 +197,27 @@ ACCEPTED = [
     ["data.client_test_fraction=0"],
     ["data.partition.name=iid", "data.partition.num_length_classes=1"],
     ["data.partition.name=iid", "data.partition.dirichlet_alpha=0.1"],
+    ["data.partition.length_edges=[8,20.5]"],
+    ["data.partition.name=iid", "data.partition.length_edges=[8]"],
+    ["data.partition.name=length_and_quantity", "data.partition.quantity_alpha=0.3"],
+    ["data.partition.name=pathological", "data.partition.examples_per_client=8"],
+    ["data.partition.name=natural"],
+    [*CORPUS, "data.partition.name=natural", "data.client_field=author"],
+    [
+        *CORPUS,
+        "data.partition.name=label_skew",
+        "data.label_field=topic",
+        "data.partition.num_length_classes=1",
+    ],
+    [
+        *CORPUS,
+        "data.partition.name=pathological",
+        "data.label_field=topic",
+        "data.partition.class_by=label",
+        "data.partition.classes_per_client=9",
+    ],
+    ["data.partition.name=plato_label", "data.max_examples=10"],
+    ["data.partition.name=plato_quantity", "data.max_examples=10"],
     ["run.device=cpu", "comm.backend=gloo", "model.dtype=bfloat16"],
     ["run.device=cuda", "model.dtype=float16", "comm.backend=gloo"],
     [*CORPUS, "data.text_field=review", "data.label_field=topic", "data.test_split=test"],

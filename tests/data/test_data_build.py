@@ -15,7 +15,10 @@ from tests.helpers import random_texts, word_tokenizer
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     path = tmp_path / "texts.jsonl"
-    rows = [{"text": text, "client": f"c{i % 7}"} for i, text in enumerate(random_texts(400, longest=40))]
+    rows = [
+        {"text": text, "client": f"c{i % 7}", "topic": "abc"[i % 3], "one": "x"}
+        for i, text in enumerate(random_texts(400, longest=40))
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
@@ -104,6 +107,118 @@ def test_classes_that_do_not_exist_matter_only_where_they_are_used(
 def test_a_partition_that_cannot_be_is_refused(partition: dict[str, Any], message: str, source: str) -> None:
     with pytest.raises(DataError, match=message):
         build(source, partition=partition)
+
+
+BY_LABEL = [
+    {"name": "label_skew"},
+    {"name": "quantity_skew", "class_by": "label"},
+    {"name": "length_and_quantity", "class_by": "label"},
+    {"name": "pathological", "class_by": "label"},
+    {"name": "plato_label", "class_by": "label", "examples_per_client": 40},
+]
+
+
+@pytest.mark.parametrize("partition", BY_LABEL, ids=lambda rules: rules["name"])
+def test_classes_may_be_labels(partition: dict[str, Any], source: str) -> None:
+    balanced = partition["name"] == "quantity_skew"
+    alpha = 100.0 if balanced else 0.05
+    data = build(source, partition={**partition, "dirichlet_alpha": alpha}, label_field="topic")
+    described = data.partition.to_json()
+    counts = data.partition.label_counts()
+
+    assert described["label_names"] == ["a", "b", "c"]
+    assert described["client_label_counts"] == counts.tolist()
+    assert (counts.sum(axis=1) == data.partition.sizes).all()
+    assert sum(described["label_counts"]) == 360
+    of_first = [data.train.labels[index] for index in data.partition.train(0).tolist()]
+    assert [of_first.count(label) for label in "abc"] == counts[0].tolist()
+    assert len(data.class_edges) == 4  # losses are reported by length class all the same
+    largest = (counts.max(axis=1) / counts.sum(axis=1)).mean()
+    assert (largest < 0.4) == balanced
+
+
+def test_label_skew_is_length_skew_with_other_classes(source: str) -> None:
+    equal = build(source, partition={"name": "label_skew", "examples_per_client": 30}, label_field="topic")
+
+    assert (equal.partition.sizes + equal.partition.test_sizes == 30).all()
+    assert equal.partition.to_json()["mean_pairwise_overlap"] == 0.0
+    many = build(source, partition={"name": "label_skew", "dirichlet_alpha": 1e6}, label_field="topic")
+    assert np.abs(many.partition.label_counts() / many.partition.sizes[:, None] - 1 / 3).max() < 0.15
+
+
+@pytest.mark.parametrize("partition", BY_LABEL, ids=lambda rules: rules["name"])
+def test_one_label_is_no_skew(partition: dict[str, Any], source: str) -> None:
+    if partition["name"] == "quantity_skew":  # which balances what there is
+        assert build(source, partition=partition, label_field="one").partition.num_clients == 8
+        return
+    with pytest.raises(
+        DataError, match=r"data.label_field='one' must hold at least 2 different values .*=iid"
+    ):
+        build(source, partition=partition, label_field="one")
+
+
+def test_labels_are_counted_where_the_partition_does_not_use_them(source: str) -> None:
+    assert build(source, label_field="topic").partition.to_json()["label_names"] == ["a", "b", "c"]
+    assert "label_names" not in build(source).partition.to_json()
+    assert build(source, label_field="topic").partition.fingerprint == build(source).partition.fingerprint
+
+
+def test_too_many_labels_are_not_counted_where_nothing_uses_them(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.data.build.MAX_LABELS_SHOWN", 2)
+
+    assert "label_names" not in build(source, label_field="topic").partition.to_json()
+    used = build(source, partition={"name": "label_skew"}, label_field="topic")
+    assert used.partition.to_json()["label_names"] == ["a", "b", "c"]
+
+
+def test_natural_clients_have_names(source: str) -> None:
+    data = build(source, partition={"name": "natural", "num_clients": 7}, client_field="client")
+
+    assert data.partition.client_names == tuple(f"c{i}" for i in range(7))
+    assert data.partition.to_json()["unused_examples"] == 0
+    with pytest.raises(
+        DataError, match=r"num_clients must be at most 7, the values of data.client_field .*got 8"
+    ):
+        build(source, partition={"name": "natural"}, client_field="client")
+    with pytest.raises(DataError, match="data.client_field must be set when data.partition.name is natural"):
+        build(source, partition={"name": "natural"})
+
+
+def test_embedded_modules_are_natural_clients() -> None:
+    config = DataConfig(max_examples=800, partition=PartitionConfig(name="natural", num_clients=3))
+    data = build_data(config, word_tokenizer(), 0)
+
+    assert data.partition.client_names == tuple(sorted(data.partition.client_names))
+    assert len(data.partition.client_names) == 3
+
+
+def test_length_edges_replace_quantiles(source: str) -> None:
+    edges = (4.0, 30.0)
+    data = build(source, partition={"length_edges": edges})
+
+    assert data.class_edges == data.partition.class_edges == edges
+    assert data.train_classes.tolist() == np.searchsorted(edges, data.train.untruncated_tokens).tolist()
+    assert data.partition.to_json()["class_edges"] == [4.0, 30.0]
+    with pytest.raises(
+        DataError, match=r"length_edges must leave no length class empty, .* \(lengths 2 to 41\)"
+    ):
+        build(source, partition={"length_edges": (4.0, 500.0)})
+    iid = build(source, partition={"name": "iid", "length_edges": (4.0, 500.0)})
+    assert np.bincount(iid.train_classes, minlength=3)[2] == 0
+
+
+def test_plato_clients_overlap_and_may_be_more_than_the_examples(source: str) -> None:
+    label = build(source, partition={"name": "plato_label", "num_clients": 400, "examples_per_client": 20})
+    described = label.partition.to_json()
+
+    assert label.partition.num_clients == 400
+    assert described["unique_examples"] < 360
+    assert 0.05 < described["mean_pairwise_overlap"] < 1
+    quantity = build(source, partition={"name": "plato_quantity", "num_clients": 100, "min_examples": 20})
+    assert quantity.partition.to_json()["unique_examples"] == 360
+    assert (quantity.partition.sizes + quantity.partition.test_sizes).min() == 20
 
 
 def test_texts_without_label_tokens_are_dropped_before_the_partition(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.data.lengths import assign_classes, length_classes
+from fedsim.data.lengths import assign_classes, explicit_classes, length_classes
 from fedsim.errors import DataError
 
 lengths_strategy = st.lists(st.integers(0, 30), min_size=1, max_size=200)
@@ -48,6 +48,26 @@ def test_edges_belong_to_the_class_below() -> None:
     assert edges == (2.0,)
     assert classes.tolist() == [0, 0, 1, 1]
     assert assign_classes([0, 2, 2.5, 99], edges).tolist() == [0, 0, 1, 1]
+
+
+@given(lengths_strategy, st.lists(st.integers(1, 29), min_size=1, max_size=4, unique=True))
+def test_explicit_edges_are_taken_as_they_are(lengths: list[int], edges: list[int]) -> None:
+    inner = tuple(float(edge) for edge in sorted(edges))
+    classes = explicit_classes(lengths, inner, may_be_empty=True)
+
+    assert classes.tolist() == [sum(length > edge for edge in inner) for length in lengths]
+    if np.unique(classes).size == len(inner) + 1:
+        assert np.array_equal(explicit_classes(lengths, inner), classes)
+    else:
+        with pytest.raises(DataError, match="data.partition.length_edges must leave no length class empty"):
+            explicit_classes(lengths, inner)
+
+
+def test_quantile_edges_given_back_are_the_same_classes() -> None:
+    lengths = np.random.default_rng(0).lognormal(3, 1, 3592).astype(int)
+    edges, classes = length_classes(lengths, 5)
+
+    assert np.array_equal(explicit_classes(lengths, edges), classes)
 
 
 def test_one_class_holds_everything() -> None:

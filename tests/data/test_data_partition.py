@@ -301,6 +301,28 @@ def test_a_partition_describes_itself() -> None:
     assert "Dirichlet(1)" in described["notes"]["policy"]
 
 
+def test_a_partition_of_very_many_clients_lists_evenly_spaced_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = random_classes(3000, 3, seed=0)
+    partition = partition_of(deal_quantity_skew(classes, 300, 1.0, 2, generator(0)), classes)
+    everything = partition.to_json()
+    assert everything["listed_clients"] is None
+    assert len(everything["sizes"]) == 300
+
+    monkeypatch.setattr("fedsim.data.partition.MAX_LISTED_NUMBERS", 5 * 100 + 4)
+    described = json.loads(json.dumps(partition.to_json()))
+    assert described["listed_clients"] == list(range(0, 300, 3))
+    for name in ("sizes", "test_sizes", "client_class_counts"):
+        assert described[name] == everything[name][::3]
+    assert described["size_summary"] == everything["size_summary"]
+    assert everything["size_summary"] == {
+        "least": partition.sizes.min(),
+        "median": np.median(partition.sizes),
+        "mean": partition.sizes.mean(),
+        "most": partition.sizes.max(),
+    }
+    assert described["hash"] == everything["hash"]
+
+
 def test_overlap_is_that_of_a_loop_over_pairs() -> None:
     shares = [[0, 1, 2, 3], [2, 3, 4, 5], [0, 3, 6, 7]]
     deal = Deal(np.concatenate(shares), np.array([0, 4, 8, 12]))
@@ -343,7 +365,7 @@ def test_a_hundred_thousand_clients_are_a_few_arrays() -> None:
         partition = partition_of(deal, classes)
         assert partition.num_clients == 100_000
         assert partition.sizes.min() >= 1
-        assert len(json.dumps(partition.to_json())) < 5_000_000
+        assert len(json.dumps(partition.to_json())) < 1_500_000
 
 
 @pytest.mark.parametrize(
