@@ -4,14 +4,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from fedsim.errors import FedsimError
-from launch import local
+from launch import local, sweep
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"local": local.main}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"local": local.main, "sweep": sweep.main}
 
 USAGE = """\
 usage: python -m launch COMMAND ...
 
   local   run on this machine: one process a GPU, or one for every few cores
+  sweep   run several values of some keys, and several seeds, one after another
 
 `python -m launch COMMAND --help` explains a command.
 """

@@ -192,14 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="processes; default: the visible GPUs (CUDA_VISIBLE_DEVICES, else /dev/nvidia0, ...), without any the "
         "usable cores divided by run.threads_per_process; at most the packs of a round",
     )
-    parser.add_argument(
-        "--threads", type=_positive, metavar="T", help="the same as run.threads_per_process=T"
-    )
+    parser.add_argument("--threads", type=positive, metavar="T", help="the same as run.threads_per_process=T")
     parser.add_argument("--print", action="store_true", help="print the command, and stop")
     parser.add_argument(
         "rest",
@@ -210,7 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number > 0, as an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number > 0, got {text!r}")
     return int(text)

@@ -1,0 +1,77 @@
+"""`python -m launch sweep`: the arms, their names, and running them."""
+
+import sys
+
+import pytest
+
+from fedsim.errors import ConfigError
+from launch.__main__ import main
+from launch.local import Machine, Plan
+from launch.sweep import make_arms, plan_sweep, run_all
+
+ALPHAS = "data.partition.dirichlet_alpha=0.1,1"
+
+
+def test_grids_are_combined_and_extra_arms_stand_beside_them():
+    arms = make_arms([ALPHAS, "lora.rank=2,4"], ["data.partition.name=iid"], [0, 7])
+    assert [arm.name for arm in arms] == [
+        f"{point}-seed_{seed}"
+        for point in (
+            "dirichlet_alpha_0.1-rank_2", "dirichlet_alpha_0.1-rank_4", "dirichlet_alpha_1-rank_2",
+            "dirichlet_alpha_1-rank_4", "name_iid",
+        )
+        for seed in (0, 7)
+    ]  # fmt: skip
+    assert arms[-1].overrides == ("data.partition.name=iid", "run.seed=7")
+
+
+def test_without_any_point_the_seeds_remain():
+    assert [arm.name for arm in make_arms([], [], [3, 4])] == ["seed_3", "seed_4"]
+    assert [arm.name for arm in make_arms([], [], [])] == [""]
+
+
+@pytest.mark.parametrize(
+    ("grids", "arms", "message"),
+    [
+        (["lora.rank"], [], "KEY=VALUE"),
+        (["rank=1"], [], "KEY=VALUE"),
+        ([], ["lora.rank=2", "lora.rank=2"], "rank_2"),
+    ],
+)
+def test_arms_that_cannot_be_told_apart_or_read_are_refused(grids, arms, message):
+    with pytest.raises(ConfigError, match=message):
+        make_arms(grids, arms, [])
+
+
+def test_every_configuration_is_checked_before_anything_starts():
+    machine = Machine(0, 2)
+    plans = plan_sweep(["run.rounds=2"], make_arms([ALPHAS], [], [1]), machine)
+    assert [plan.argv[-1] for plan in plans] == [
+        "run.name=quickstart-dirichlet_alpha_0.1-seed_1", "run.name=quickstart-dirichlet_alpha_1-seed_1"
+    ]  # fmt: skip
+    assert "--nproc_per_node" in plans[0].argv
+    assert "--nproc_per_node" not in plan_sweep([], make_arms([], [], []), Machine(0, 1))[0].argv
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        plan_sweep([], make_arms(["lora.rank=2,0"], [], []), machine)
+
+
+def test_print_shows_the_commands(capsys):
+    assert main(["sweep", "--grid", ALPHAS, "--seeds", "0,1", "--print", "run.rounds=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("run.rounds=1" in line and "fedsim.main" in line for line in lines)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_all_runs_are_made_and_a_failure_is_told(tmp_path, capsys, jobs):
+    def plan(index: int, code: int) -> Plan:
+        text = f"import sys, pathlib; pathlib.Path(r'{tmp_path}', '{index}').touch(); sys.exit({code})"
+        return Plan((sys.executable, "-c", text), {}, "test")
+
+    codes = [0, 3, 0]
+    assert run_all([plan(i, code) for i, code in enumerate(codes)], ["a", "b", "c"], jobs) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+    told = capsys.readouterr().err
+    assert "2 of 3, b: ended with 3" in told
+    assert "3 of 3, c: finished" in told
+    assert run_all([plan(9, 0)], ["a"], jobs) == 0
