@@ -301,6 +301,10 @@ def _reporting(
                     {
                         **describe_environment(group.world_size, sys.argv),
                         "inputs": _fingerprints(base, summary),
+                        "parameters": {
+                            "base": summary.base_parameters,
+                            "adapter": summary.adapter.num_parameters,
+                        },
                     }
                 )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"

@@ -1,0 +1,68 @@
+"""The command line of the report. Exit codes as in fedsim/main.py: 0, or 2 with one line on stderr."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fedsim.errors import ConfigError, FedsimError
+
+EXIT_USER = 2
+DESCRIPTION = (
+    "Figures (PNG and SVG), tables (Markdown) and one HTML page from run folders alone. Runs that differ in seed and "
+    "name only are grouped: means, with the least and the most over seeds."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}; see --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a report; returns the exit code."""
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        # drawing takes a second to import, which --help need not wait for
+        from fedsim.report.build import make_report, write_report
+
+        report = make_report(options.runs, options.clients)
+        page = write_report(report, options.out)
+    except FedsimError as error:
+        sys.stderr.write(f"fedsim: {type(error).__name__}: {' '.join(str(error).split())}\n")
+        return EXIT_USER
+    sys.stdout.write(f"{page}: {len(report.pictures)} figures, {len(report.tables)} tables\n")
+    for note in report.notes:
+        sys.stdout.write(f"note: {note}\n")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m fedsim.report", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of run folders"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for the report; made if need be"
+    )
+    parser.add_argument(
+        "--clients",
+        type=_client_ids,
+        metavar="ID,ID,...",
+        help="clients whose test loss is drawn by round (default: the three that were tested most often)",
+    )
+    return parser.parse_args(arguments)
+
+
+def _client_ids(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be client ids such as 0,3,7, got {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

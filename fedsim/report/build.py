@@ -1,0 +1,191 @@
+"""From run folders to a folder with figures, tables and one page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedsim.atomic import replace_folder, write_text_atomic
+from fedsim.errors import RunFolderError
+from fedsim.report import figures_clients, figures_partition, figures_rounds
+from fedsim.report.folders import RunRecord, find_runs, read_run
+from fedsim.report.groups import Group, group_runs
+from fedsim.report.page import GENERATOR, html_page, markdown_page
+from fedsim.report.style import Picture, house_style
+from fedsim.report.tables import Table, parameters, results, runs_table
+
+PAGE = "index.html"
+MARKDOWN = "report.md"
+FIGURES = "figures"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that a report says, before it is written.
+
+    Attributes:
+        groups: configurations, in order.
+        notes: what a reader must know about the runs, and what could not be shown and why.
+        tables: with texts only.
+        pictures: drawn figures.
+    """
+
+    groups: tuple[Group, ...]
+    notes: tuple[str, ...]
+    tables: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+
+
+def make_report(paths: Sequence[Path], client_ids: Sequence[int] | None = None) -> Report:
+    """Read runs and draw everything that they tell.
+
+    Args:
+        paths: run folders, or folders of run folders.
+        client_ids: whose test loss to draw; None for a choice of our own.
+
+    Raises:
+        RunFolderError: no run with a round, or a damaged file.
+    """
+    records = [read_run(path) for path in find_runs(paths)]
+    groups = group_runs(records)
+    if not groups:
+        raise RunFolderError(
+            f"a report needs a run with at least one recorded round, got {len(records)} without: "
+            f"{', '.join(f'{record.path} ({record.status})' for record in records[:5])}"
+        )
+    pictures: list[Picture] = []
+    missing: list[str] = []
+    with house_style():
+        for made, why_not in (
+            (figures_rounds.global_loss(groups), "global test loss: no round was evaluated"),
+            (figures_rounds.final_loss(groups), ""),
+            (figures_partition.partitions(groups), "partition: there is no partition.json"),
+            (
+                figures_partition.dirichlet_scatter(groups),
+                "clients and classes: partition.json has no class counts",
+            ),
+            (figures_clients.client_curves(groups, client_ids), _no_curves(client_ids)),
+            (figures_rounds.fairness(groups), "fairness: no client was tested (evaluation.client_test)"),
+            (figures_rounds.class_loss_by_round(groups), "loss by length class: no round recorded it"),
+            (figures_rounds.class_loss_at_end(groups), ""),
+            (figures_rounds.communication(groups), "communication: no test loss, or nothing was sent"),
+            (figures_rounds.time_breakdown(groups), "time by phase: no round recorded it"),
+            (figures_rounds.energy(groups), ""),
+            (figures_clients.spectra(groups), ""),
+        ):
+            pictures += made
+            if not made and why_not:
+                missing.append(f"Not shown: {why_not}.")
+    pictures = _numbered(pictures)
+    tables = (results(groups), parameters(groups), runs_table(groups))
+    return Report(tuple(groups), (*_run_notes(records, groups), *missing), tables, tuple(pictures))
+
+
+def _numbered(pictures: Sequence[Picture]) -> list[Picture]:
+    """Pictures with one title get numbers."""
+    titles = [picture.title for picture in pictures]
+    numbered = []
+    for place, picture in enumerate(pictures):
+        total, number = titles.count(picture.title), titles[: place + 1].count(picture.title)
+        text = f"{picture.title} ({number} of {total})" if total > 1 else picture.title
+        numbered.append(replace(picture, title=text))
+    return numbered
+
+
+def write_report(report: Report, out: Path) -> Path:
+    """Write `index.html`, `report.md` and `figures/` (PNG and SVG) into `out`; returns the page.
+
+    An earlier report in `out` is replaced; other files there stay.
+
+    Raises:
+        RunFolderError: `out` cannot be written, is a run folder, or has files of these names that are not ours.
+    """
+    _check_out(out)
+    images = [picture.png() for picture in report.pictures]
+    heading = f"fedsim report: {_counted(report)}"
+
+    def fill(folder: Path) -> None:
+        for picture, image in zip(report.pictures, images, strict=True):
+            (folder / f"{picture.name}.png").write_bytes(image)
+            (folder / f"{picture.name}.svg").write_bytes(picture.svg())
+
+    # the page first: it marks the folder as ours if anything fails afterwards
+    write_text_atomic(out / PAGE, html_page(heading, report.notes, report.tables, report.pictures, images))
+    replace_folder(out / FIGURES, fill)
+    write_text_atomic(out / MARKDOWN, markdown_page(heading, report.notes, report.tables, report.pictures))
+    return out / PAGE
+
+
+def _counted(report: Report) -> str:
+    runs = sum(len(group.runs) for group in report.groups)
+    groups = len(report.groups)
+    return f"{runs} run{'s' * (runs != 1)} of {groups} configuration{'s' * (groups != 1)}"
+
+
+def _check_out(out: Path) -> None:
+    rule = f"--out {out} must be a folder for the report"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "run.json").exists():
+            raise RunFolderError(f"{rule}, got a run folder; choose another")
+        page = out / PAGE
+        is_ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
+        taken = [name for name in (PAGE, MARKDOWN, FIGURES) if (out / name).exists()]
+    except OSError as error:
+        raise RunFolderError(
+            f"{rule} that can be written ({error.strerror or error}); choose another"
+        ) from error
+    if taken and not is_ours:
+        raise RunFolderError(f"{rule}; it has {', '.join(taken)} that no report wrote; choose another")
+
+
+def _no_curves(client_ids: Sequence[int] | None) -> str:
+    whom = "no client" if client_ids is None else f"none of clients {', '.join(map(str, client_ids))}"
+    return f"client curves: {whom} was tested after local training"
+
+
+def _run_notes(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[str]:
+    notes = [f"{record.name}: {warning}." for record in records for warning in record.warnings]
+    notes += [
+        f"{record.name}: no round recorded (status {record.status}{_why(record)}); left out."
+        for record in records
+        if not record.metrics
+    ]
+    for group in groups:
+        for run in (*group.runs, *group.left_out):
+            if not run.is_finished:
+                use = "left out of means and figures" if run in group.left_out else "shown as far as it came"
+                rounds = f"{len(run.metrics)} of {run.config['run.rounds']} rounds"
+                notes.append(f"{run.name}: status {run.status} after {rounds}{_why(run)}; {use}.")
+            lost = [
+                record["round_index"] + 1 for record in run.metrics if record.get("test/loss", 0.0) is None
+            ]
+            if lost:
+                notes.append(
+                    f"{run.name}: the test loss was not finite after round {', '.join(map(str, lost[:5]))}."
+                )
+        notes += _group_notes(group)
+    return notes
+
+
+def _group_notes(group: Group) -> list[str]:
+    notes = []
+    seeds = [run.seed for run in group.runs]
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        names = ", ".join(run.name for run in group.runs if run.seed in twice)
+        notes.append(
+            f"{group.label}: seed {', '.join(map(str, twice))} stands for several runs ({names}); "
+            "the spread is too small."
+        )
+    if len({len(run.metrics) for run in group.runs}) > 1:
+        notes.append(
+            f"{group.label}: its runs have different numbers of rounds, so a mean is over those that came that far."
+        )
+    # the fingerprint of the data covers the partition, which differs by seed
+    if len({(run.info.get("inputs") or {}).get("base") for run in group.runs}) > 1:
+        notes.append(f"{group.label}: its runs had different base weights (run.json, inputs).")
+    return notes
+
+
+def _why(record: RunRecord) -> str:
+    return f": {' '.join(record.reason.split())[:200]}" if record.reason else ""

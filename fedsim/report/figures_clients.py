@@ -1,0 +1,175 @@
+"""Figures of single runs: test loss of chosen clients, singular values of the average update."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from fedsim.report.folders import ROUND, RunRecord
+from fedsim.report.groups import Group, seed_of
+from fedsim.report.style import (
+    LOSS,
+    ROUNDS,
+    Picture,
+    chunks,
+    label_axes,
+    legend_below,
+    look,
+    panels,
+    rounds_axis,
+    title,
+)
+
+NUM_CURVES = 3
+"""Clients in a panel where none are chosen, as in arXiv 2502.18910, figures 8 and 9."""
+
+MOST_PANELS = 6
+FIRST_SEED = "Of several seeds the lowest is shown, because a client has other texts under another seed."
+
+
+def client_curves(groups: Sequence[Group], client_ids: Sequence[int] | None = None) -> list[Picture]:
+    """Test loss after local training of single clients by round, a panel per group.
+
+    Args:
+        groups: of the report.
+        client_ids: whom to show; None for the `NUM_CURVES` clients that were tested in most groups and most often,
+            of equals the lowest ids. A group that tested none of those has a choice of its own.
+    """
+    chosen = _tested_most([group.first for group in groups]) if client_ids is None else client_ids
+    found = []
+    for group in groups:
+        curves = _curves(group.first, chosen)
+        if not curves and client_ids is None:
+            curves = _curves(group.first, _tested_most([group.first]))
+        if curves:
+            found.append((group, curves))
+    pictures = []
+    for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
+        figure, axes = panels(len(part), sharey=True)
+        for one, (group, curves) in zip(axes, part, strict=True):
+            _draw_curves(one, group.first, curves)
+            title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
+            label_axes(one, ROUNDS, LOSS)
+            one.tick_params(labelbottom=True, labelleft=True)
+            one.ticklabel_format(axis="y", useOffset=False)
+            rounds_axis(one)
+            if len(part) > 1:
+                one.legend(fontsize=7, handlelength=3.0)
+        if len(part) == 1:
+            legend_below(figure, axes[0])
+        caption = (
+            f"Test loss of single clients after local training, in the rounds in which they took part. {FIRST_SEED} "
+            "The thin line is the run's global test loss or, without a global model, the cohort's mean."
+        )
+        name = "client_curves" if number == 1 else f"client_curves_{number}"
+        pictures.append(Picture(name, "Test loss of single clients", caption, figure))
+    return pictures
+
+
+def spectra(groups: Sequence[Group]) -> list[Picture]:
+    """Singular values of the average update in the first, the middle and the last round, a panel per group."""
+    found = [group for group in groups if _rounds_with_values(group.first)]
+    pictures = []
+    for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
+        figure, axes = panels(len(part), sharey=True)
+        for one, group in zip(axes, part, strict=True):
+            rounds = _rounds_with_values(group.first)
+            for index, at in enumerate(sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})):
+                mean, low, high = _over_modules(group.first.spectra[at])
+                x = np.arange(1, len(mean) + 1)
+                style = look(index)
+                one.plot(x, mean, label=f"round {at + 1}", markevery=max(1, len(x) // 12), **style)
+                one.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            one.set_yscale("log")
+            title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
+            label_axes(one, "index of the singular value", "singular value")
+            one.tick_params(labelbottom=True, labelleft=True)
+            rounds_axis(one)
+            if len(part) > 1:
+                one.legend(fontsize=7, handlelength=3.0)
+        if len(part) == 1:
+            legend_below(figure, axes[0])
+        caption = (
+            "Singular values of the average update, largest first: geometric mean over modules, bands from the "
+            "least to the most; those at 0 are left out. Of several seeds the lowest is shown."
+        )
+        name = "spectra" if number == 1 else f"spectra_{number}"
+        pictures.append(Picture(name, "Singular values of the average update", caption, figure))
+    return pictures
+
+
+def _tested_most(runs: Sequence[RunRecord]) -> list[int]:
+    """Ids of the clients that most runs have tested, of equals those that were tested most often; ascending."""
+    tested = [run.clients["client_id"][np.isfinite(run.clients["test_loss_after"])] for run in runs]
+    ids, num_runs = np.unique(np.concatenate([np.unique(one) for one in tested]), return_counts=True)
+    times = np.bincount(np.searchsorted(ids, np.concatenate(tested)), minlength=ids.size)
+    most: list[int] = ids[np.lexsort((ids, -times, -num_runs))][:NUM_CURVES].tolist()
+    return sorted(most)
+
+
+def _average_name(run: RunRecord) -> str:
+    """What `test/loss` is: without a global model there is none before training."""
+    return "global test loss" if run.values("test/loss_initial") else "mean of the cohort"
+
+
+def _client_name(client_id: int) -> str:
+    """The virtual client that holds the data of all has a negative id."""
+    return f"client {client_id}" if client_id >= 0 else "all clients' data together"
+
+
+def _draw_curves(axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"]) -> None:
+    """A line per client, and a thin one for the run's own test loss."""
+    for index, (client_id, (x, loss)) in enumerate(curves.items()):
+        every = max(1, len(x) // 15)
+        axes.plot(x, loss, label=_client_name(client_id), markevery=every, **look(index))
+    average = run.values("test/loss")
+    if average:
+        rounds = sorted(average)
+        losses = [average[index] for index in rounds]
+        thin: dict[str, Any] = {"color": "#555555", "linewidth": 1.0, "marker": ".", "markersize": 3}
+        axes.plot([index + 1 for index in rounds], losses, label=_average_name(run), **thin)
+
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def _curves(run: RunRecord, client_ids: Sequence[int]) -> dict[int, Curve]:
+    """Client -> rounds completed and test losses, rounds ascending; clients that were never tested are left out."""
+    tested = np.isfinite(run.clients["test_loss_after"])
+    clients, rounds = run.clients["client_id"][tested], run.clients[ROUND][tested]
+    losses = run.clients["test_loss_after"][tested]
+    curves = {}
+    for client_id in client_ids:
+        mine = np.flatnonzero(clients == client_id)
+        mine = mine[np.argsort(rounds[mine], kind="stable")]
+        if mine.size:
+            curves[client_id] = (rounds[mine].astype(np.float64) + 1, losses[mine])
+    return curves
+
+
+def _rounds_with_values(run: RunRecord) -> list[int]:
+    """Rounds, ascending, in which some module has a positive singular value."""
+    return sorted(
+        index
+        for index, modules in run.spectra.items()
+        if any(value > 0 for values in modules.values() for value in values)
+    )
+
+
+def _over_modules(values: object) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Geometric mean, least and most of the modules' positive singular values, by index."""
+    assert isinstance(values, dict)
+    longest = max(len(one) for one in values.values())
+    table = np.full((len(values), longest), np.nan)
+    for row, one in enumerate(values.values()):
+        table[row, : len(one)] = one
+    table[~(table > 0)] = np.nan
+    used = ~np.isnan(table).all(axis=0)
+    table = np.log(table[:, used])
+    return (
+        np.exp(np.nanmean(table, axis=0)),
+        np.exp(np.nanmin(table, axis=0)),
+        np.exp(np.nanmax(table, axis=0)),
+    )

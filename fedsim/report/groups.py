@@ -1,0 +1,250 @@
+"""Runs of one configuration with several seeds, what tells groups apart, and their mean and spread."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.config.loader import SAFE_KEYS
+from fedsim.report.folders import RunRecord
+
+IGNORED = ("run.seed", "run.seeds", "run.name", *(key for key in SAFE_KEYS if key != "run.rounds"))
+"""Keys that do not make another configuration: the seed, names, and what a resumed run may change."""
+
+ALWAYS_SHOWN = 3
+"""A label shows every key that differs where no more than this many do."""
+
+LONGEST_VALUE = 36
+PARTITION = "data.partition.name"
+DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over the seeds of a group; `std` is the sample standard deviation, None for one run."""
+
+    mean: float
+    low: float
+    high: float
+    std: float | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """A metric by rounds completed, over the seeds that have it: mean, least, most, number of runs."""
+
+    x: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    count: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that differ in seed and name only.
+
+    Attributes:
+        label: what tells it from the other groups of the report.
+        runs: those that count, by seed: the finished ones or, where none is, all that have a round.
+        left_out: the others.
+    """
+
+    label: str
+    runs: tuple[RunRecord, ...]
+    left_out: tuple[RunRecord, ...]
+
+    @property
+    def first(self) -> RunRecord:
+        """The counted run of the lowest seed."""
+        return self.runs[0]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its figures are those of finished runs."""
+        return all(run.is_finished for run in self.runs)
+
+    def series(self, key: str, initial_key: str | None = None) -> Series | None:
+        """A metric of `metrics.jsonl` by rounds completed, None where no run has it.
+
+        Args:
+            key: of the metric; its value after round_index r stands at r + 1 rounds completed.
+            initial_key: of the value before training, which the first record holds; it stands at 0.
+        """
+        by_round: dict[int, list[float]] = {}
+        for run in self.runs:
+            found = {index + 1: value for index, value in run.values(key).items()}
+            before = run.values(initial_key) if initial_key else {}
+            if found and 0 in before:
+                found[0] = before[0]
+            for index, value in found.items():
+                by_round.setdefault(index, []).append(value)
+        if not by_round:
+            return None
+        rounds = sorted(by_round)
+        values = [by_round[index] for index in rounds]
+        return Series(
+            x=np.array(rounds, dtype=np.float64),
+            mean=np.array([np.mean(at) for at in values]),
+            low=np.array([min(at) for at in values]),
+            high=np.array([max(at) for at in values]),
+            count=np.array([len(at) for at in values]),
+        )
+
+    def spread(self, figure: Callable[[RunRecord], float | None]) -> Spread | None:
+        """A figure of a run over the counted runs that have it; None where none has."""
+        return _spread_of([value for value in map(figure, self.runs) if value is not None])
+
+    def difference(self, other: "Group", figure: Callable[[RunRecord], float | None]) -> Spread | None:
+        """A figure minus that of another group at the same seed, over the seeds that stand for one run in both.
+
+        A seed decides the test set where that is drawn at random, so runs of one seed are alike in what differs
+        between seeds. None where no seed is shared.
+        """
+        mine, theirs = self._by_seed(figure), other._by_seed(figure)
+        values = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+        return _spread_of(values)
+
+    def _by_seed(self, figure: Callable[[RunRecord], float | None]) -> dict[int, float]:
+        seeds = [run.seed for run in self.runs]
+        found = {run.seed: figure(run) for run in self.runs if seeds.count(run.seed) == 1}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def group_runs(records: Sequence[RunRecord]) -> list[Group]:
+    """Runs with at least one round, grouped by configuration; ordered by the keys in which the groups differ."""
+    by_config: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.metrics:
+            by_config.setdefault(_identity(record.config), []).append(record)
+    members = list(by_config.values())
+    configs = [_compared(runs[0].config) for runs in members]
+    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
+    labels = _labels(configs, keys, members)
+    groups = []
+    for place in sorted(range(len(members)), key=lambda index: _sort_key(configs[index], keys)):
+        runs = sorted(members[place], key=lambda run: (run.seed, run.name))
+        finished = tuple(run for run in runs if run.is_finished)
+        left_out = tuple(run for run in runs if finished and not run.is_finished)
+        groups.append(Group(labels[place], finished or tuple(runs), left_out))
+    return groups
+
+
+def _spread_of(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(float(np.mean(values)), min(values), max(values), std, len(values))
+
+
+def seed_of(run: RunRecord) -> str:
+    """`(seed 0)`, in one piece where a line is broken."""
+    return f"(seed\u00a0{run.seed})"
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not _is_ignored(key)}
+
+
+def _is_ignored(key: str) -> bool:
+    return any(key == name or (name.endswith(".*") and key.startswith(name[:-1])) for name in IGNORED)
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    return json.dumps(_compared(config), sort_keys=True, default=str)
+
+
+def _keys_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every key, in the order in which the configurations name them."""
+    return list(dict.fromkeys(key for config in configs for key in config))
+
+
+def _key_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int, float, str]]:
+    """Numbers by size, before texts; null first, an IID partition last: it is the limit of large alphas."""
+    order = []
+    for key in keys:
+        value = config.get(key)
+        if key == PARTITION and value == "iid":
+            order.append((3, 0.0, ""))
+        elif value is None:
+            order.append((0, 0.0, ""))
+        elif isinstance(value, int | float):
+            order.append((1, float(value), ""))
+        else:
+            order.append((2, 0.0, str(value)))
+    return order
+
+
+def _labels(
+    configs: Sequence[Mapping[str, Any]], keys: Sequence[str], members: Sequence[Sequence[RunRecord]]
+) -> list[str]:
+    """A different text for each configuration."""
+    if not keys:
+        return [runs[0].name if len(runs) == 1 else "all runs" for runs in members]
+    names = _short_names(keys)
+    short = [_label(config, _shown_keys(config, configs, keys), names) for config in configs]
+    whole = [_label(config, keys, names) for config in configs]
+    labels = [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({runs[0].name})"
+        for label, runs in zip(labels, members, strict=True)
+    ]
+
+
+def _shown_keys(
+    config: Mapping[str, Any], configs: Sequence[Mapping[str, Any]], keys: Sequence[str]
+) -> list[str]:
+    """Of the keys that differ, those that a label needs.
+
+    Where many differ, one is left out where it has the value of more than half of the groups. Dirichlet's alpha says
+    nothing of an IID partition, and where alpha is shown the name of the only other partition adds nothing.
+    """
+    shown = []
+    for key in keys:
+        values = Counter(_key_text(other.get(key)) for other in configs)
+        is_usual = values[_key_text(config.get(key))] > len(configs) / 2
+        if len(keys) <= ALWAYS_SHOWN or not is_usual:
+            shown.append(key)
+    partitions = {str(other.get(PARTITION)) for other in configs}
+    if config.get(PARTITION) == "iid":
+        return [key for key in shown if key != DIRICHLET_ALPHA] if PARTITION in shown else shown
+    if DIRICHLET_ALPHA in shown and len(partitions - {"iid"}) == 1:
+        return [key for key in shown if key != PARTITION]
+    return shown
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """`lora.rank` -> `rank`, `strategy.name` -> `strategy`; the dotted key where that is not unique."""
+    short = {}
+    for key in keys:
+        parent, _, last = key.rpartition(".")
+        short[key] = parent.rpartition(".")[2] if last in ("name", "name_or_path") and parent else last
+    counts = Counter(short.values())
+    return {key: name if counts[name] == 1 else key for key, name in short.items()}
+
+
+def _label(config: Mapping[str, Any], keys: Sequence[str], names: Mapping[str, str]) -> str:
+    text = ", ".join(f"{names[key]}={_value_text(config.get(key))}" for key in keys)
+    return text or "otherwise as usual"
+
+
+def _value_text(value: Any) -> str:
+    """A value in a label: short, one line."""
+    if isinstance(value, str):
+        text = value.rstrip("/").rpartition("/")[2]
+    elif isinstance(value, list):
+        text = "+".join(map(_value_text, value)) or "none"
+    elif isinstance(value, dict):
+        text = "/".join(_value_text(item) for item in value.values() if item not in ({}, [], None))
+    else:
+        text = f"{value:g}" if isinstance(value, float) else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"

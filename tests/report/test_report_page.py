@@ -1,0 +1,241 @@
+"""The command line, the page, the tables and what lies in the folder afterwards."""
+
+import html.parser
+import io
+import json
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+
+from fedsim.report.__main__ import main
+from fedsim.report.build import make_report, write_report
+from tests.report.synthetic_runs import write_run
+
+VOID = {"meta", "img"}
+
+
+class Page(html.parser.HTMLParser):
+    """Addresses that a page refers to, its pictures, and whether every element is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.alts, self.ids, self.open = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.addresses += [given[name] for name in ("src", "href", "data", "action") if name in given]
+        self.ids += [given["id"]] if "id" in given else []
+        if tag == "img":
+            self.alts.append(given["alt"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        write_run(folder, seed=seed, info={"parameters": {"base": 198_528, "adapter": 1024}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run with few figures."""
+    return write_run(tmp_path_factory.mktemp("small"), rounds=1, evaluate=False, client_tests=False)
+
+
+def test_the_page_is_whole_and_needs_nothing_beside_it(runs, tmp_path, capsys):
+    out = tmp_path / "new" / "report"
+    assert main([str(runs), "--out", str(out)]) == 0
+    text = (out / "index.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.alts) == 9
+    assert all(page.alts)
+    for address in page.addresses:
+        assert address.startswith("data:image/png;base64,") or address.removeprefix("#") in page.ids
+    assert re.findall(r"https?://|url\(|@import|<script", text) == []
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{out / 'index.html'}: 9 figures, 3 tables\n")
+    assert shown.err == ""
+
+
+def test_the_folder_holds_page_tables_and_both_kinds_of_figures(runs, tmp_path):
+    write_report(make_report([runs]), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "index.html", "report.md"]
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert [name for name in names if name.endswith(".svg")] == [
+        name.replace(".png", ".svg") for name in names if name.endswith(".png")
+    ]
+    for name in names:
+        content = (tmp_path / "figures" / name).read_bytes()
+        if name.endswith(".png"):
+            assert matplotlib.image.imread(io.BytesIO(content)).ndim == 3
+        else:
+            assert content.startswith(b"<?xml")
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for name in re.findall(r"\]\((figures/[^)]+)\)", markdown):
+        assert (tmp_path / name).is_file()
+
+
+def test_two_calls_write_the_same_bytes(runs, tmp_path):
+    for name in ("one", "two"):
+        write_report(make_report([runs]), tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
+    assert len(files) == 2 + 2 * 9
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+
+
+def test_the_table_has_mean_deviation_least_and_most(runs):
+    results, parameters, all_runs = make_report([runs]).tables
+    row = dict(zip(results.head, results.rows[0], strict=True))
+    # losses of the last round: 4.6 - 2/60 and 0.03 more; deviation of two values 0.03 apart: 0.03 / sqrt(2)
+    assert row["final test loss"] == "4.5817 ± 0.0212 [4.5667, 4.5967]"
+    assert row["best test loss (round)"] == "4.5817 ± 0.0212 [4.5667, 4.5967] (3)"
+    assert row["final perplexity"].startswith("97.69 ± 2.07 [")
+    assert row["final fairness variance"] == "6.67e-05"  # of 0, 0.01, 0.02: 2/3 * 1e-4, the same for both
+    assert row["rounds"] == "3"
+    assert row["seeds"] == "0, 1"
+    assert row["communication"] == "72 KiB"
+    assert row["seconds per round"] == "3.05 ± 0.0707 [3, 3.1]"
+    assert parameters.rows[0] == (
+        "all runs", "embedded", "199,552", "1,024", "0.5131%", "0.30 MiB", "4,096 bytes"
+    )  # fmt: skip
+    assert [line[0] for line in all_runs.rows] == ["run-0", "run-1"]
+    lines = results.markdown().split("\n")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_counts_that_no_run_recorded_are_said_to_be_missing(tmp_path):
+    table = make_report([write_run(tmp_path)]).tables[1]
+    assert table.rows[0][2] == "not recorded"
+    assert "run.json has no entry `parameters`" in table.note
+
+
+def test_names_cannot_break_the_page_or_the_table(tmp_path):
+    for field in ("<b>&", "a|b$c$"):
+        write_run(
+            tmp_path / "runs", "data.source=x.jsonl", f"data.text_field='{field}'", name=f"r{len(field)}"
+        )
+    write_report(make_report([tmp_path / "runs"]), tmp_path / "out")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<b>" not in text
+    assert "text_field=&lt;b&gt;&amp;" in text
+    assert "a\\|b$c$" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_report_replaces_an_older_one_and_leaves_other_files(small, tmp_path):
+    report = make_report([small])
+    write_report(report, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "figures" / "old.png").write_text("of a figure that is no more")
+    write_report(report, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "figures" / "old.png").exists()
+
+
+def test_files_that_no_report_wrote_are_not_replaced(runs, tmp_path, capsys):
+    (tmp_path / "figures").mkdir()
+    assert main([str(runs), "--out", str(tmp_path)]) == 2
+    assert "it has figures that no report wrote" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [tmp_path / "figures"]
+
+
+def test_a_run_folder_is_no_place_for_a_report(runs, capsys):
+    assert main([str(runs), "--out", str(runs / "run-0")]) == 2
+    assert "got a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "ConfigError: command line: the following arguments are required: RUN, --out"),
+        (["a"], "ConfigError: command line: the following arguments are required: --out"),
+        (["nowhere", "--out", "out"], "RunFolderError: nowhere must be a run folder"),
+        (["a", "--out", "b", "--clients", "1,x"], "must be client ids such as 0,3,7, got '1,x'"),
+        (["a", "--out", "b", "--colour"], "ConfigError: command line: unrecognized arguments: --colour"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.startswith("fedsim: ")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_that_is_a_file_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main([str(runs), "--out", str(tmp_path / "file")]) == 2
+    assert "must be a folder for the report" in capsys.readouterr().err
+
+
+def test_only_runs_without_a_round_are_refused(tmp_path, capsys):
+    write_run(tmp_path / "runs", recorded=0, status="failed", reason="no such file")
+    assert main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 2
+    assert "needs a run with at least one recorded round" in capsys.readouterr().err
+
+
+def test_runs_that_are_not_finished_are_noted(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1, recorded=2, status="failed", reason="loss is\nnan")
+    write_run(tmp_path, seed=2, recorded=0, status="running")
+    write_run(tmp_path, name="again", seed=0)
+    notes = make_report([tmp_path]).notes
+    assert "run-1: status failed after 2 of 3 rounds: loss is nan; left out of means and figures." in notes
+    assert "run-2: no round recorded (status running); left out." in notes
+    assert any("seed 0 stands for several runs (again, run-0)" in note for note in notes)
+
+
+def test_another_base_within_a_group_is_noted(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, seed=seed, info={"inputs": {"data": str(seed), "base": str(seed)}})
+    assert any("different base weights" in note for note in make_report([tmp_path]).notes)
+
+
+def test_the_report_needs_neither_torch_nor_pandas(small, tmp_path):
+    program = (
+        "import sys; sys.modules['pandas'] = None; from fedsim.report.__main__ import main; code = main(sys.argv[1:]); "
+        "print(sorted({'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules))); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(small), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_is_told_by_python_m(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsim.report", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "RUN" in done.stdout
+    assert "--out DIR" in done.stdout
+
+
+def test_a_json_number_that_is_huge_does_not_stop_the_report(tmp_path):
+    run = write_run(tmp_path, rounds=1)
+    record = json.loads((run / "metrics.jsonl").read_text()) | {"test/perplexity": 1e300}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert "1e+300" in make_report([run]).tables[0].rows[0]
