@@ -209,24 +209,24 @@ def final_loss(groups: Sequence[Group]) -> list[Picture]:
         ]
         if len(groups) < 2 or not measured:
             continue
-        figure, (axes,) = panels(1, height=3.4)
+        figure, (axes,) = panels(1, height=1.6 + 0.42 * len(measured))
         means = [spread.mean for _, spread in measured]
-        axes.scatter(range(len(means)), means, s=700, marker="_", color="black", linewidths=2, label="mean")
+        axes.scatter(means, range(len(means)), s=350, marker="|", color="black", linewidths=2, label="mean")
         seeds = sorted({run.seed for group, _ in measured for run in group.runs})[:MOST_LINES]
         for index, seed in enumerate(seeds):
             places = [
-                (x, loss)
-                for x, (group, _) in enumerate(measured)
+                (place, loss)
+                for place, (group, _) in enumerate(measured)
                 for run in group.runs
                 if run.seed == seed and (loss := run.last("test/loss")) is not None
             ]
-            x, y = np.array(places, dtype=np.float64).T
+            y, x = np.array(places, dtype=np.float64).T
             axes.plot(x, y, label=f"seed {seed}", **{**look(index), "linewidth": 0.8})
-        texts = [textwrap.fill(plain(group.label), max(14, 90 // len(measured))) for group, _ in measured]
-        axes.set_xticks(range(len(texts)), texts, fontsize=8)
-        axes.set_xlim(-0.5, len(texts) - 0.5)
-        label_axes(axes, "configuration", f"final {LOSS}")
-        axes.ticklabel_format(axis="y", useOffset=False)
+        texts = [textwrap.fill(plain(group.label), 44) for group, _ in measured]
+        axes.set_yticks(range(len(texts)), texts, fontsize=8)
+        axes.set_ylim(len(texts) - 0.5, -0.5)
+        label_axes(axes, f"final {LOSS}", "configuration")
+        axes.ticklabel_format(axis="x", useOffset=False)
         legend_below(figure, axes)
         caption = (
             "Test loss after the last round, a point per run; lines join runs of one seed. With more than "

@@ -122,9 +122,9 @@ def test_the_loss_figure_has_means_and_bands_in_order_of_alpha(pictures):
 def test_the_final_losses_are_joined_by_seed(pictures):
     (axes,) = axes_of(pictures["final_test_loss"])
     assert [line.get_label() for line in axes.lines] == ["seed 0", "seed 1"]
-    first, second = axes.lines[0].get_ydata()
+    first, second = axes.lines[0].get_xdata()
     assert first - second == pytest.approx(0.5)
-    assert [text.get_text() for text in axes.get_xticklabels()] == [
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
         "dirichlet_alpha=0.1",
         "dirichlet_alpha=100",
     ]
