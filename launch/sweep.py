@@ -92,7 +92,7 @@ def plan_sweep(
     """One command for each arm, all of them checked.
 
     Args:
-        run_arguments: of fedsim.main, common to all.
+        run_arguments: of fedsim.main, common to all; a name given there is the first part of every run's name.
         arms: see `make_arms`.
         machine: what each run may use.
         processes: of each run; None decides.
@@ -102,9 +102,10 @@ def plan_sweep(
     """
     plans = []
     base = parse_command_line(list(run_arguments)).config.run.name
+    common = [argument for argument in run_arguments if not argument.startswith("run.name=")]
     for arm in arms:
         name = f"{base}-{arm.name}" if arm.name else base
-        whole = [*run_arguments, *arm.overrides, f"run.name={name}"]
+        whole = [*common, *arm.overrides, f"run.name={name}"]
         plans.append(plan_local(parse_command_line(whole).config, machine, whole, processes))
     return plans
 

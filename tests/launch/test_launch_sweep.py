@@ -49,6 +49,9 @@ def test_every_configuration_is_checked_before_anything_starts():
     assert [plan.argv[-1] for plan in plans] == [
         "run.name=quickstart-dirichlet_alpha_0.1-seed_1", "run.name=quickstart-dirichlet_alpha_1-seed_1"
     ]  # fmt: skip
+    named = plan_sweep(["run.name=mine"], make_arms([], [], [4]), machine)
+    assert named[0].argv[-1] == "run.name=mine-seed_4"
+    assert "run.name=mine" not in named[0].argv
     assert "--nproc_per_node" in plans[0].argv
     assert "--nproc_per_node" not in plan_sweep([], make_arms([], [], []), Machine(0, 1))[0].argv
     with pytest.raises(ConfigError, match=r"lora\.rank"):
