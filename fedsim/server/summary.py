@@ -12,6 +12,9 @@ from fedsim.lora.payload import MIB, pickled_payload_mib
 from fedsim.server.cohort import CohortPolicy
 from fedsim.server.tiers import Tiers
 
+MOST_TIERS = 8
+"""Resource tiers that are listed one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
@@ -64,6 +67,9 @@ class RunSummary:
     def _strategy(self) -> str:
         if not self.tiers.are_mixed:
             return self.strategy.name
+        if len(self.tiers.ranks) > MOST_TIERS:
+            found = {rank for ranks in self.tiers.ranks for rank in ranks.values()}
+            return f"{self.strategy.name}; {len(self.tiers.ranks)} tiers of LoRA ranks {min(found)} to {max(found)}"
         tiers = []
         for ranks, count in zip(self.tiers.ranks, self.tiers.num_clients, strict=True):
             shown = "/".join(map(str, sorted(set(ranks.values()))))
