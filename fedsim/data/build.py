@@ -11,10 +11,11 @@ from fedsim.config.schema import DataConfig, PartitionConfig
 from fedsim.data.columns import encode_column
 from fedsim.data.corpus import build_corpus
 from fedsim.data.iid import deal_iid
+from fedsim.data.instruction_corpus import build_instruction_corpus
 from fedsim.data.length_and_quantity import deal_length_and_quantity
 from fedsim.data.length_skew import deal_length_skew
 from fedsim.data.lengths import assign_classes, explicit_classes, length_classes
-from fedsim.data.natural import deal_natural
+from fedsim.data.natural import OwnParts, deal_natural, deal_own_parts
 from fedsim.data.partition import Deal, Partition, check_enough, split_clients
 from fedsim.data.pathological import deal_pathological
 from fedsim.data.plato import deal_plato_label, deal_plato_quantity
@@ -87,9 +88,14 @@ def build_data(config: DataConfig, tokenizer: Any, seed: int) -> FederatedData:
         DataError: the corpus cannot be read, or not be partitioned as asked.
         CacheError: the cache cannot be written or is damaged.
     """
-    corpus = build_corpus(config, seed)
-    train = build_token_store(corpus.train, tokenizer, config.max_tokens, config.on_empty, "training")
-    test = build_token_store(corpus.test, tokenizer, config.max_tokens, config.on_empty, "test")
+    instruction = config.instruction
+    corpus = (
+        build_corpus(config, seed) if instruction.format == "off" else build_instruction_corpus(config, seed)
+    )
+    train, test = (
+        build_token_store(texts, tokenizer, config.max_tokens, config.on_empty, name, instruction.loss_on)
+        for texts, name in ((corpus.train, "training"), (corpus.test, "test"))
+    )
     partition = build_partition(config, train, seed)
     return FederatedData(
         train=train,
@@ -118,13 +124,18 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
     by_length = rules.name in BY_CLASS and not by_label
     edges, lengths = _length_classes(rules, _lengths(train, rules.length_unit), may_fail=by_length)
     names, labels = _labels(config, train, is_used=by_label)
-    if labels is not None and by_label:
+    own = _own_parts(rules, train)
+    if own is not None:
+        deal, client_names = own.train, own.names
+    elif labels is not None and by_label:
         deal, client_names = _deal(rules, labels, len(names), train, seed)
     else:
         deal, client_names = _deal(rules, lengths, len(edges) + 1, train, seed)
-    train_indices, train_offsets, test_indices, test_offsets = split_clients(
-        deal, len(train), config.client_test_fraction, seed
-    )
+    if own is None:
+        split = split_clients(deal, len(train), config.client_test_fraction, seed)
+    else:
+        split = (own.train.indices, own.train.offsets, own.test.indices, own.test.offsets)
+    train_indices, train_offsets, test_indices, test_offsets = split
     return Partition(
         name=rules.name,
         train_indices=train_indices,
@@ -139,6 +150,8 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
         labels=labels,
         label_names=names,
         client_names=client_names,
+        eval_indices=None if own is None else own.evaluation.indices,
+        eval_offsets=None if own is None else own.evaluation.offsets,
     )
 
 
@@ -170,6 +183,15 @@ def _deal(
         case "plato_quantity":
             deal = deal_plato_quantity(classes.size, count, alpha, minimum, seed)
     return deal, ()
+
+
+def _own_parts(rules: PartitionConfig, train: TokenStore) -> OwnParts | None:
+    """Each client's examples by use, where clients are natural and the corpus says which example is for what."""
+    answers = train.answers
+    if rules.name != "natural" or train.clients is None or answers is None or not answers.parts.any():
+        return None
+    names, codes = encode_column(train.clients)
+    return deal_own_parts(codes, names, answers.parts, rules.num_clients, rules.min_examples)
 
 
 def _natural(rules: PartitionConfig, train: TokenStore) -> tuple[Deal, tuple[str, ...]]:

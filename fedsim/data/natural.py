@@ -4,14 +4,61 @@ N = examples, K = clients, V = values of the column.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.partition import Deal, to_deal
+from fedsim.data.prompts import EVAL, TEST, TRAIN
 from fedsim.errors import DataError
 
 Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnParts:
+    """What each client keeps for its own evaluation and test, because the corpus says so.
+
+    Attributes:
+        train, evaluation, test: each client's examples of that part; every client has some for training.
+        names: the client that each stands for.
+    """
+
+    train: Deal
+    evaluation: Deal
+    test: Deal
+    names: tuple[str, ...]
+
+
+def deal_own_parts(
+    values: Ints, names: Sequence[str], parts: NDArray[np.int8], num_clients: int, min_examples: int
+) -> OwnParts:
+    """As `deal_natural` by the training examples alone; the clients' other examples follow them.
+
+    Args:
+        values: (N,) position of each example's value in `names`.
+        parts: (N,) TRAIN, EVAL or TEST of `fedsim.data.prompts`.
+
+    Raises:
+        DataError: fewer than K values have `min_examples` training examples.
+    """
+    places = np.flatnonzero(parts == TRAIN)
+    dealt, chosen = deal_natural(values[places], names, num_clients, min_examples)
+    client_of = np.full(len(names), -1, dtype=np.int64)
+    value_of = {name: value for value, name in enumerate(names)}
+    client_of[[value_of[name] for name in chosen]] = np.arange(num_clients)
+
+    def of_part(part: int) -> Deal:
+        held = np.flatnonzero((parts == part) & (client_of[values] >= 0))
+        return to_deal(held, client_of[values[held]], num_clients, {})
+
+    notes = {
+        **dealt.notes,
+        "own_parts": "training, evaluation and test examples of a client are the corpus's own",
+    }
+    train = Deal(places[dealt.indices], dealt.offsets, notes)
+    return OwnParts(train, of_part(EVAL), of_part(TEST), chosen)
 
 
 def deal_natural(

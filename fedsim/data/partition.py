@@ -53,6 +53,8 @@ class Partition:
         labels: (N,) int64 position of each example's label in `label_names`, or None where none are counted.
         label_names: the L values of data.label_field, ascending; empty where none are counted.
         client_names: K natural clients, ascending; empty where clients have no names.
+        eval_indices, eval_offsets: (E,) and (K + 1,) as above, examples that a client keeps for its own evaluation
+            during training, apart from its test; None where the corpus does not set any aside.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Partition:
     labels: Ints | None = None
     label_names: tuple[str, ...] = ()
     client_names: tuple[str, ...] = ()
+    eval_indices: Ints | None = None
+    eval_offsets: Ints | None = None
 
     @property
     def num_clients(self) -> int:
@@ -97,6 +101,19 @@ class Partition:
         """Indices of the client's own test examples, ascending."""
         return _of_client(self.test_indices, self.test_offsets, client_id)
 
+    def evaluation(self, client_id: int) -> Ints:
+        """Indices of the examples that the client keeps for its own evaluation, ascending; there may be none."""
+        if self.eval_indices is None or self.eval_offsets is None:
+            return np.zeros(0, dtype=np.int64)
+        return _of_client(self.eval_indices, self.eval_offsets, client_id)
+
+    @property
+    def eval_sizes(self) -> Ints:
+        """(K,) examples that each client keeps for its own evaluation."""
+        if self.eval_offsets is None:
+            return np.zeros(self.num_clients, dtype=np.int64)
+        return np.diff(self.eval_offsets)
+
     def class_counts(self) -> Ints:
         """(K, C) training examples of each client in each length class."""
         return self._counts(self.classes, self.num_classes)
@@ -117,7 +134,10 @@ class Partition:
     def fingerprint(self) -> str:
         """Hash of who holds what; equal for equal assignments on every platform."""
         digest = hashlib.blake2b(digest_size=16)
-        for column in (self.train_indices, self.train_offsets, self.test_indices, self.test_offsets):
+        columns = (self.train_indices, self.train_offsets, self.test_indices, self.test_offsets)
+        for column in (*columns, self.eval_indices, self.eval_offsets):
+            if column is None:
+                continue
             digest.update(column.size.to_bytes(8, "little"))
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -125,7 +145,7 @@ class Partition:
     def to_json(self) -> dict[str, object]:
         """The partition in figures, for `partition.json`: all but the indices themselves.
 
-        `mean_pairwise_overlap` is the mean over all pairs of clients of the examples both hold (training or test),
+        `mean_pairwise_overlap` is the mean over all pairs of clients of the examples both hold (for whatever use),
         divided by a client's mean number of examples: 0 where the partition is disjoint. It is exact at any size, as
         it follows from how many clients hold each example.
 
@@ -133,7 +153,7 @@ class Partition:
         would be more than `MAX_LISTED_NUMBERS` numbers: then they hold the evenly spaced clients that
         `listed_clients` names. `size_summary` is of all clients in any case.
         """
-        held = np.concatenate((self.train_indices, self.test_indices))
+        held = np.concatenate((self.train_indices, self.test_indices, *self._eval_columns()))
         holders = np.bincount(held, minlength=self.classes.size)
         unique = int(np.count_nonzero(holders))
         in_class = np.bincount(self.classes, minlength=self.num_classes)
@@ -159,6 +179,9 @@ class Partition:
             described["label_counts"] = np.bincount(self.labels, minlength=len(self.label_names)).tolist()
         return {**described, **self._lists_by_client()}
 
+    def _eval_columns(self) -> tuple[Ints, ...]:
+        return () if self.eval_indices is None else (self.eval_indices,)
+
     def _lists_by_client(self) -> dict[str, object]:
         columns = 2 + self.num_classes + len(self.label_names) + (1 if self.client_names else 0)
         num_listed = min(self.num_clients, max(1, MAX_LISTED_NUMBERS // columns))
@@ -169,6 +192,8 @@ class Partition:
             "test_sizes": self.test_sizes[listed].tolist(),
             "client_class_counts": self.class_counts()[listed].tolist(),
         }
+        if self.eval_offsets is not None:
+            lists["eval_sizes"] = self.eval_sizes[listed].tolist()
         if self.labels is not None:
             lists["client_label_counts"] = self.label_counts()[listed].tolist()
         if self.client_names:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.cache import cached_folder, content_hash
+from fedsim.data.answers import ANSWERS_FORMAT, Answers, encode_answers, label_starts, write_answers
 from fedsim.data.corpus import TextSet
 from fedsim.errors import DataError
 
@@ -32,11 +33,13 @@ class TokenStore:
     Attributes:
         num_tokens: (n,) int64, tokens of each sequence, at most max_tokens.
         label_start: (n,) int64, position of a sequence's first label token. 1 for plain text: nothing precedes the
-            first token, so it is never predicted.
+            first token, so it is never predicted. The first token of the answer for instruction data, unless the loss
+            is on the whole text.
         num_label_tokens: (n,) int64, tokens from label_start on; at least 1.
         untruncated_tokens, words, characters: (n,) int64, lengths of the whole text. Words are what whitespace
             separates.
         labels, clients: n class labels and natural clients, or None where the corpus has none.
+        answers: what is known of prompts and answers; None for plain text.
         num_dropped: texts that left no label token and are not in the store.
         fingerprint: hash of what the store was made from.
     """
@@ -59,6 +62,7 @@ class TokenStore:
         self.num_dropped: int = facts["num_dropped"]
         self.labels = _read_strings(folder / "labels.parquet") if facts["has_labels"] else None
         self.clients = _read_strings(folder / "clients.parquet") if facts["has_clients"] else None
+        self.answers = Answers(folder) if facts.get("has_answers") else None
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -84,32 +88,42 @@ class TokenStore:
 
 
 def build_token_store(
-    texts: TextSet, tokenizer: Any, max_tokens: int, on_empty: Literal["error", "drop"], name: str
+    texts: TextSet,
+    tokenizer: Any,
+    max_tokens: int,
+    on_empty: Literal["error", "drop"],
+    name: str,
+    loss_on: Literal["answer", "all"] = "answer",
 ) -> TokenStore:
     """Tokenize texts, or open the store of an earlier run with the same texts, tokenizer and settings.
 
-    Special tokens are those the tokenizer adds by default. A sequence longer than `max_tokens` is cut at its end.
+    Special tokens are those the tokenizer adds by default. A sequence longer than `max_tokens` is cut at its end, or,
+    for instruction data, in its prompt (`fedsim.data.answers.cut_to_fit`).
 
     Args:
         tokenizer: a `transformers` tokenizer.
         max_tokens: longest sequence, > 1.
-        on_empty: what to do with a text that leaves no label token (fewer than 2 tokens).
+        on_empty: what to do with a text that leaves no label token (fewer than 2 tokens, or no answer).
         name: what the texts are, for messages, for example "training".
+        loss_on: which tokens are label tokens; for instruction data only.
 
     Raises:
         DataError: a text leaves no label token and `on_empty` is "error", or none of them leaves any.
         CacheError: the cache cannot be written or is damaged.
     """
-    content = {
+    content: dict[str, object] = {
         "format": FORMAT,
         "texts": texts.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "max_tokens": max_tokens,
         "on_empty": on_empty,
     }
+    if texts.prompted is not None:
+        # the end of sequence that follows an answer is no part of how a tokenizer encodes
+        content |= {"answers": ANSWERS_FORMAT, "loss_on": loss_on, "eos": tokenizer.eos_token_id}
 
     def build(folder: Path) -> None:
-        _write_store(folder, texts, tokenizer, max_tokens, on_empty, name)
+        _write_store(folder, texts, tokenizer, max_tokens, on_empty, name, loss_on)
 
     store = TokenStore(cached_folder("tokens", content, build), content_hash(content))
     if store.num_dropped:
@@ -117,6 +131,14 @@ def build_token_store(
             "data.on_empty=drop: dropped %d of %d %s texts, which leave no label token",
             store.num_dropped,
             store.num_dropped + len(store),
+            name,
+        )
+    if store.answers is not None and store.answers.num_answers_cut:
+        logger.warning(
+            "data.max_tokens=%d cuts %d of %d %s answers; raise it to keep them whole",
+            max_tokens,
+            store.answers.num_answers_cut,
+            len(store),
             name,
         )
     return store
@@ -138,33 +160,59 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _write_store(
-    folder: Path, texts: TextSet, tokenizer: Any, max_tokens: int, on_empty: str, name: str
+    folder: Path,
+    texts: TextSet,
+    tokenizer: Any,
+    max_tokens: int,
+    on_empty: str,
+    name: str,
+    loss_on: Literal["answer", "all"],
 ) -> None:
+    prompted = texts.prompted
     with (folder / "tokens.bin").open("wb") as file:
-        untruncated = np.concatenate(
-            [_write_batch(file, batch, max_tokens) for batch in _encode(texts.texts, tokenizer)]
-            or [np.zeros(0, dtype=np.int64)]
-        )
-    kept = untruncated > 1
+        if prompted is None:
+            columns, kept = _write_texts(file, texts.texts, tokenizer, max_tokens)
+        else:
+            encoded = encode_answers(file, prompted, tokenizer, max_tokens)
+            kept = encoded.kept
+            columns = {
+                "num_tokens": encoded.num_tokens,
+                "untruncated_tokens": encoded.untruncated,
+                "label_start": label_starts(encoded.answer_start, loss_on),
+            }
     _check_kept(kept, texts, on_empty, name)
-    columns = {
-        "num_tokens": np.minimum(untruncated, max_tokens),
-        "untruncated_tokens": untruncated,
-        "words": np.fromiter((len(text.split()) for text in texts.texts), np.int64, len(kept)),
-        "characters": np.fromiter((len(text) for text in texts.texts), np.int64, len(kept)),
-        "label_start": np.ones(len(kept), dtype=np.int64),
-    }
+    columns["words"] = np.fromiter((len(text.split()) for text in texts.texts), np.int64, len(kept))
+    columns["characters"] = np.fromiter((len(text) for text in texts.texts), np.int64, len(kept))
     for column in COLUMNS:
         np.save(folder / f"{column}.npy", columns[column][kept])
     for file_name, strings in (("labels", texts.labels), ("clients", texts.clients)):
         if strings is not None:
             _write_strings(folder / f"{file_name}.parquet", list(itertools.compress(strings, kept)))
+    if prompted is not None:
+        write_answers(folder, prompted, encoded)
     facts = {
         "num_dropped": int((~kept).sum()),
         "has_labels": texts.labels is not None,
         "has_clients": texts.clients is not None,
+        "has_answers": prompted is not None,
     }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _write_texts(
+    file: BinaryIO, texts: Sequence[str], tokenizer: Any, max_tokens: int
+) -> tuple[dict[str, Ints], NDArray[np.bool_]]:
+    """Append the tokens of plain texts; columns of them all, and which are kept."""
+    untruncated = np.concatenate(
+        [_write_batch(file, batch, max_tokens) for batch in _encode(texts, tokenizer)]
+        or [np.zeros(0, dtype=np.int64)]
+    )
+    columns = {
+        "num_tokens": np.minimum(untruncated, max_tokens),
+        "untruncated_tokens": untruncated,
+        "label_start": np.ones(untruncated.size, dtype=np.int64),
+    }
+    return columns, untruncated > 1
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> Iterator[list[list[int]]]:
@@ -193,11 +241,11 @@ def _check_kept(kept: NDArray[np.bool_], texts: TextSet, on_empty: str, name: st
     if kept.all() or (on_empty == "drop" and kept.any()):
         return
     row = texts.source_row(int(np.argmin(kept)))
-    remedy = (
-        "remove them or set data.on_empty=drop" if kept.any() else "check data.text_field and data.source"
-    )
+    where = "data.text_field" if texts.prompted is None else "data.instruction.output_field"
+    why = "fewer than 2 tokens" if texts.prompted is None else "an empty answer"
+    remedy = "remove them or set data.on_empty=drop" if kept.any() else f"check {where} and data.source"
     raise DataError(
-        f"data: {int((~kept).sum())} of {kept.size} {name} texts leave no label token (fewer than 2 tokens; first: "
+        f"data: {int((~kept).sum())} of {kept.size} {name} texts leave no label token ({why}; first: "
         f"row {row}, counted from 0), but every example needs one; {remedy}"
     )
 
