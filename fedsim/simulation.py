@@ -184,7 +184,7 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
     same_everywhere(group, "the data and its partition", data.fingerprint)
     with all_or_none(group, "setting up the adapter"):
         num_clients = data.partition.num_clients
-        tiers = build_tiers(config, description.targets, num_clients)
+        tiers = build_tiers(config, description.targets, num_clients, data.partition.sizes)
         summary = RunSummary(
             description.name,
             description.num_parameters,
@@ -309,6 +309,8 @@ def _reporting(
                 )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
                 write_text_atomic(records.folder.path / "partition.json", partition)
+                tiers = json.dumps(summary.tiers.to_json()) + "\n"
+                write_text_atomic(records.folder.path / "tiers.json", tiers)
                 tracker = build_tracker(config, records.folder, to_tree(config))
                 for line in summary.lines():
                     progress.note(line)

@@ -122,6 +122,7 @@ def test_the_run_folder_is_described_whole() -> None:
         "metrics.jsonl",
         "clients.parquet",
         "partition.json",
+        "tiers.json",
         "adapter/",
         "wandb/",
     ):

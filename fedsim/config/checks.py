@@ -1,5 +1,6 @@
 """Rules that tie several keys together, checked before anything is loaded."""
 
+import re
 from collections.abc import Iterator
 
 from fedsim.config.keys import all_keys, show
@@ -11,6 +12,7 @@ from fedsim.config.schema import (
     Config,
     DataConfig,
     EvaluationConfig,
+    InstructionConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,6 +23,16 @@ from fedsim.config.schema import (
 )
 
 UNUSED_BY_EMBEDDED_DATA = ("subset", "train_split", "test_split", "text_field", "label_field", "client_field")
+COLUMNS_OF_ROWS = (
+    "instruction_field",
+    "input_field",
+    "output_field",
+    "task_field",
+    "category_field",
+    "part_field",
+)
+HAVE_COLUMNS = ("client_lines", "natural_instructions", "flexlora")
+"""Instruction formats that know their clients, tasks and categories by themselves."""
 UNUSED_BY_EMBEDDED_MODEL = ("revision", "tokenizer", "trust_remote_code", "allow_pickle")
 USERS_OF_PARTITION_KEYS = {
     "quantity_alpha": ("length_and_quantity",),
@@ -101,6 +113,9 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield from _unused("data", data, UNUSED_BY_EMBEDDED_DATA, "when data.source is embedded")
     if data.test_split is not None:
         yield from _unused("data", data, ("test_fraction",), "when data.test_split is set")
+    yield from _instruction(data, data.instruction)
+    if data.instruction.format != "off":
+        yield from _hold_out(data, data.instruction)
     if data.max_examples is None:
         return
     partition = data.partition
@@ -118,6 +133,65 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield f"data.max_examples must be null or at least {why}, got {data.max_examples}"
 
 
+def _instruction(data: DataConfig, instruction: InstructionConfig) -> Iterator[str]:
+    """Keys of a format that is not in use, and templates."""
+    section, form = "data.instruction", instruction.format
+    because = f"when {section}.format is {form}"
+    if form == "off":
+        names = tuple(name for name in InstructionConfig.model_fields if name != "format")
+        yield from _unused(section, instruction, names, because)
+        return
+    if data.source == EMBEDDED:
+        yield f"{section}.format must be off when data.source is embedded, got {show(form)}"
+    yield from _unused("data", data, ("text_field",), because)
+    if form != "rows":
+        yield from _unused(section, instruction, COLUMNS_OF_ROWS, because)
+    if form != "natural_instructions":
+        yield from _unused(section, instruction, ("examples_per_task",), because)
+    if form != "flexlora":
+        yield from _unused(section, instruction, ("skip_clients",), because)
+    if form in ("client_lines", "flexlora"):
+        yield from _unused("data", data, ("subset",), because)
+    custom = ("custom_template", "custom_template_without_input")
+    if instruction.template != "custom":
+        yield from _unused(section, instruction, custom, "unless data.instruction.template is custom")
+        return
+    if instruction.custom_template is None:
+        yield f"{section}.custom_template must be set when {section}.template is custom, got null"
+    for name in custom:
+        yield from _template(f"{section}.{name}", getattr(instruction, name))
+
+
+def _template(name: str, text: str | None) -> Iterator[str]:
+    if text is None:
+        return
+    slots = re.findall(r"\{(\w+)\}", text)
+    wrong = [slot for slot in slots if slot not in ("instruction", "input")]
+    if wrong or not slots or len(slots) != len(set(slots)):
+        yield (
+            f"{name} must hold {{instruction}} or {{input}}, each at most once, and no other name in braces, got "
+            f"{show(text)}"
+        )
+
+
+def _hold_out(data: DataConfig, instruction: InstructionConfig) -> Iterator[str]:
+    section, chosen = "data.instruction", instruction.hold_out
+    if chosen == "none":
+        because = f"when {section}.hold_out is none"
+        yield from _unused(section, instruction, ("hold_out_fraction", "hold_out_names"), because)
+        if data.test_split is None:
+            yield from _unused(section, instruction, ("test_examples_per_task",), because)
+        return
+    because = f"when {section}.hold_out is {chosen}"
+    yield from _unused("data", data, ("test_split", "test_fraction"), because)
+    if instruction.hold_out_names:
+        because = f"when {section}.hold_out_names is set"
+        yield from _unused(section, instruction, ("hold_out_fraction",), because)
+    field = f"{chosen}_field"
+    if instruction.format == "rows" and getattr(instruction, field) is None:
+        yield f"{section}.{field} must be set when {section}.hold_out is {chosen}, got null"
+
+
 def _partition(data: DataConfig) -> Iterator[str]:
     partition, name = data.partition, data.partition.name
     unused = tuple(key for key, users in USERS_OF_PARTITION_KEYS.items() if name not in users)
@@ -125,10 +199,11 @@ def _partition(data: DataConfig) -> Iterator[str]:
     because += ", which draws the sizes" if name == "quantity_skew" else ", which does not use it"
     yield from _unused("data.partition", partition, unused, because)
     by_label = name == "label_skew" or partition.class_by == "label"
-    if by_label and data.label_field is None:
+    has_columns = data.instruction.format in HAVE_COLUMNS
+    if by_label and data.label_field is None and not has_columns:
         got = "label_skew" if name == "label_skew" else f"{name} with class_by=label"
         yield f"data.label_field must be set when data.partition.name is {got}, got null"
-    if name == "natural" and data.client_field is None and data.source != EMBEDDED:
+    if name == "natural" and data.client_field is None and data.source != EMBEDDED and not has_columns:
         yield "data.client_field must be set when data.partition.name is natural, got null"
     yield from _length_classes(partition, by_label)
     share, few = partition.examples_per_client, partition.classes_per_client
@@ -181,7 +256,18 @@ def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str
 
 def _lora(lora: LoraConfig) -> Iterator[str]:
     if lora.tiers:
-        yield from _unused("lora", lora, ("rank",), "when lora.tiers is set")
+        yield from _unused("lora", lora, ("rank", "distribution", "rank_scale"), "when lora.tiers is set")
+    elif lora.distribution is None:
+        yield from _unused("lora", lora, ("rank_scale",), "when lora.distribution is null")
+    elif lora.distribution == "by_size":
+        because = "when lora.distribution is by_size, which takes lora.rank"
+        yield from _unused("lora", lora, ("rank_scale",), because)
+    else:
+        because = f"when lora.distribution is {lora.distribution}, whose types have ranks of their own"
+        yield from _unused("lora", lora, ("rank",), because)
+    begins = [phase.from_round for phase in lora.rank_schedule]
+    if begins != sorted(set(begins)):
+        yield f"lora.rank_schedule must have ascending values of from_round, got {show(begins)}"
     twice = sorted({name for name in lora.target_modules if lora.target_modules.count(name) > 1})
     if twice:
         yield f"lora.target_modules must name each module once, got {show(twice)} more than once"
@@ -289,6 +375,18 @@ def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]
             "data.client_test_fraction must be > 0 when evaluation.client_test is own_split, got "
             f"{show(data.client_test_fraction)}"
         )
+    answers = evaluation.answers
+    if answers.metric == "off":
+        because = "when evaluation.answers.metric is off"
+        yield from _unused("evaluation.answers", answers, ("max_new_tokens", "max_examples"), because)
+    elif data.instruction.format == "off":
+        yield (
+            "evaluation.answers.metric must be off for plain text, whose examples have no answers, got "
+            f"{show(answers.metric)}; set data.instruction.format for instruction data"
+        )
+    if answers.metric.startswith("teacher_forced"):
+        because = f"when evaluation.answers.metric is {answers.metric}"
+        yield from _unused("evaluation.answers", answers, ("max_new_tokens",), because)
     if evaluation.batch_tokens < data.max_tokens:
         yield (
             f"evaluation.batch_tokens must be at least data.max_tokens={data.max_tokens}, got "

@@ -130,17 +130,95 @@ class PartitionConfig(Node):
     )
 
 
+class InstructionConfig(Node):
+    """Instruction data: prompts and answers in place of plain texts."""
+
+    format: Literal["off", "rows", "client_lines", "natural_instructions", "flexlora"] = key(
+        "off",
+        "off: plain texts; rows: one example for each row of data.source; client_lines: a JSONL file with one line "
+        "for each client, its examples in lists; natural_instructions: that repository's task files, client = task "
+        "(arXiv 2204.07705); flexlora: files local_{training,eval,test}_<client>.json (arXiv 2402.11505, code)",
+    )
+    instruction_field: str = key("instruction", "rows: column that holds the instruction", min_length=1)
+    input_field: str | None = key(
+        "input", "rows: column that holds the input, which may be empty; null: there is none", min_length=1
+    )
+    output_field: str = key(
+        "output",
+        "rows: column that holds the answer: a text, or a list of texts of which the first is to be learned",
+        min_length=1,
+    )
+    task_field: str | None = key(None, "rows: column that holds the task; null: there is none", min_length=1)
+    category_field: str | None = key(
+        None, "rows: column that holds the task's category; null: there is none", min_length=1
+    )
+    part_field: str | None = key(
+        None,
+        "rows: column that says whether a client trains on a row (train, training) or keeps it for its own evaluation "
+        "(eval, validation, dev) or test (test); null: data.client_test_fraction decides",
+        min_length=1,
+    )
+    template: Literal["alpaca", "natural_instructions", "custom"] = key(
+        "alpaca",
+        "the prompt: Alpaca's, as in the code of arXiv 2402.11505; definition and input, as in arXiv 2204.07705; or "
+        "custom_template",
+    )
+    custom_template: str | None = key(
+        None,
+        "a prompt of your own with {instruction} and {input}, each at most once; the answer follows it directly",
+        min_length=1,
+    )
+    custom_template_without_input: str | None = key(
+        None, "the same where the input is empty; null: custom_template", min_length=1
+    )
+    loss_on: Literal["answer", "all"] = key(
+        "answer",
+        "tokens that are learned: the answer and the end of sequence, or the prompt as well (as the code of arXiv "
+        "2402.11505 does)",
+    )
+    hold_out: Literal["none", "task", "category"] = key(
+        "none",
+        "global test set of clients that no one trains on: whole tasks, or all tasks of whole categories, are held "
+        "out; none: data.test_split or data.test_fraction decides",
+    )
+    hold_out_fraction: float = key(
+        0.1, "share of the tasks or categories that is held out, drawn with run.seed", "fraction", gt=0, lt=1
+    )
+    hold_out_names: tuple[Annotated[str, Field(min_length=1)], ...] = key(
+        (), "the tasks or categories to hold out; empty: drawn"
+    )
+    examples_per_task: int | None = key(
+        None,
+        "natural_instructions: at most so many training instances of each task, drawn with run.seed; null: all",
+        "examples",
+        gt=0,
+    )
+    test_examples_per_task: int | None = key(
+        100,
+        "held-out tasks, or those of data.test_split: the first so many examples of each are the test set (arXiv "
+        "2204.07705: 100); null: all",
+        "examples",
+        gt=0,
+    )
+    skip_clients: tuple[Annotated[int, Field(ge=0)], ...] = key(
+        (), "flexlora: clients to leave out, whose files may be missing, such as [967]"
+    )
+
+
 class DataConfig(Node):
     """The corpus and how a text becomes training data."""
 
     source: str = key(
         EMBEDDED,
         "embedded (docstrings of this Python's standard library), a Hugging Face dataset id, or a local "
-        "JSONL, JSON, CSV, parquet or text file or a folder of such files",
+        "JSONL, JSON, CSV, parquet or text file or a folder of such files; data.instruction.format says what else",
         min_length=1,
     )
     subset: str | None = key(
-        None, "configuration name of a Hugging Face dataset that has several", min_length=1
+        None,
+        "configuration name of a Hugging Face dataset that has several; natural_instructions: folder of the lists of "
+        "tasks below splits, null: default",
+        min_length=1,
     )
     train_split: str = key("train", "split that the clients hold", min_length=1)
     test_split: str | None = key(
@@ -154,29 +232,37 @@ class DataConfig(Node):
     )
     text_field: str = key("text", "column that holds the text", min_length=1)
     label_field: str | None = key(
-        None, "column with a class label, for label_skew and data.partition.class_by=label", min_length=1
+        None,
+        "column with a class label, for label_skew and data.partition.class_by=label; instruction files: the category",
+        min_length=1,
     )
     client_field: str | None = key(
         None,
-        "column with a natural client, for data.partition.name=natural; embedded: the module of a docstring",
+        "column with a natural client, for data.partition.name=natural; embedded: the module of a docstring; "
+        "instruction files: the client",
         min_length=1,
     )
     max_examples: int | None = key(
         None, "use at most this many training examples, drawn with run.seed; null: all", "examples", gt=0
     )
     max_tokens: int = key(
-        128, "longest sequence; a longer text is cut at its end (arXiv 2502.18910: 128)", "tokens", gt=1
+        128,
+        "longest sequence; a longer text is cut at its end, instruction data in the prompt (arXiv 2502.18910: 128)",
+        "tokens",
+        gt=1,
     )
     on_empty: Literal["error", "drop"] = key(
         "error", "what to do with a text that leaves no label token: stop, or drop it and count it"
     )
     client_test_fraction: float = key(
         0.1,
-        "share of each client's examples that it never trains on: its own test set",
+        "share of each client's examples that it never trains on: its own test set; not used where instruction data "
+        "says which examples these are and data.partition.name is natural",
         "fraction",
         ge=0,
         lt=1,
     )
+    instruction: InstructionConfig = Field(default_factory=InstructionConfig)
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
 
 
@@ -222,6 +308,15 @@ class TierConfig(Node):
     )
 
 
+class RankPhaseConfig(Node):
+    """LoRA ranks from a round on."""
+
+    from_round: int = key(..., "first round of the phase, counted from 0", "rounds", ge=0)
+    scale: float = key(
+        ..., "factor on all LoRA ranks, which are rounded, halves up, to 1 at least", gt=0, le=1
+    )
+
+
 class LoraConfig(Node):
     """The adapter that clients train."""
 
@@ -244,6 +339,39 @@ class LoraConfig(Node):
         (),
         "resource tiers with LoRA ranks of their own, such as [{share: 0.8, rank: 8}, {share: 0.2, rank: 30, "
         "module_ranks: {fc1: 200, fc2: 200}}]; each client is of one tier for the whole run; empty: all have lora.rank",
+    )
+    distribution: (
+        Literal[
+            "homogeneous",
+            "uniform",
+            "heavy_tail_light",
+            "heavy_tail_light_readme",
+            "normal",
+            "normal_code",
+            "heavy_tail_strong",
+            "heavy_tail_strong_readme",
+            "by_size",
+        ]
+        | None
+    ) = key(
+        None,
+        "instead of lora.tiers: the resource types 1 to 4 of arXiv 2402.11505 (LoRA rank 8; 30; 30, and 200 on the "
+        "feed-forward; 200) with shares in percent of homogeneous 100/0/0/0, uniform 25/25/25/25, heavy_tail_light "
+        "80/5/5/10 (.._readme 85/5/5/5), normal 5.75/44.25/44.25/5.75 (.._code 5.75/5.75/44.25/44.25), "
+        "heavy_tail_strong 5/5/10/80 (.._readme 5/5/5/85); by_size: ranks below lora.rank that grow with a client's "
+        "data, as in HLoRA (arXiv 2503.00813)",
+    )
+    rank_scale: float = key(
+        1.0,
+        "factor on the LoRA ranks of arXiv 2402.11505's types, for a base of another size; ranks are rounded, to 1 at "
+        "least, and lora.lora_alpha stays as it is",
+        gt=0,
+        le=100,
+    )
+    rank_schedule: tuple[RankPhaseConfig, ...] = key(
+        (),
+        "LoRA ranks that change with the round, such as [{from_round: 0, scale: 0.25}, {from_round: 20, scale: 1.0}]; "
+        "before the first phase, and when empty, ranks are whole",
     )
 
 
@@ -495,6 +623,21 @@ class AggregationConfig(Node):
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
 
 
+class AnswersConfig(Node):
+    """Scores of the global model's answers on the global test set; for instruction data."""
+
+    metric: Literal["off", "generated", "teacher_forced", "teacher_forced_published"] = key(
+        "off",
+        "generated: Rouge-L and exact match of greedy answers; teacher_forced: Rouge-L of next-token guesses over the "
+        "whole text, which is no measure of answers; ..._published: the same without the shift by one token, as in the "
+        "code of arXiv 2402.11505",
+    )
+    max_new_tokens: int = key(128, "most tokens of a generated answer", "tokens", gt=0)
+    max_examples: int | None = key(
+        None, "use at most this many test examples, drawn with run.seed; null: all", "examples", gt=0
+    )
+
+
 class EvaluationConfig(Node):
     """What is measured, and how often."""
 
@@ -513,6 +656,7 @@ class EvaluationConfig(Node):
         100, "as above, for the test of one client; null: all", "examples", gt=0
     )
     batch_tokens: int = key(4096, "most tokens of an evaluation batch, padding included", "tokens", gt=0)
+    answers: AnswersConfig = Field(default_factory=AnswersConfig)
 
 
 class CommConfig(Node):

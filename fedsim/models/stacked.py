@@ -180,6 +180,22 @@ class StackedModel:
             _renamed(self.model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
         self.model.set_attn_implementation(self._own_attention)
 
+    @contextmanager
+    def unwrapped(self) -> Iterator[nn.Module]:
+        """The model as it was given, with its own attention, within the block.
+
+        What takes the places of its target modules there is gone afterwards.
+        """
+        for path, linear in self._linears.items():
+            set_module(self.model, path, linear.base)
+        self.model.set_attn_implementation(self._own_attention)
+        try:
+            yield self.model
+        finally:
+            for path, linear in self._linears.items():
+                set_module(self.model, path, linear)
+            self.model.set_attn_implementation(ATTENTION)
+
     def attach(self, rows: RankRows | None) -> None:
         """Use the adapters in `rows` from now on; None for the plain base."""
         for path, linear in self._linears.items():

@@ -20,20 +20,40 @@ from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
 from fedsim.evaluation.clients import ClientTest, CommonTest, NoTest, OwnSplitTest
+from fedsim.evaluation.generation import (
+    AnswerTest,
+    GeneratedAnswers,
+    TeacherForcedGuesses,
+    questions_of,
+)
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.initial import ScalingRule, initial_adapter
+from fedsim.models.adapted import AdaptedModel
+from fedsim.models.architecture import max_positions_of
 from fedsim.models.base import BaseModel
 from fedsim.models.base_update import UpdatableBase
+from fedsim.models.generate import GreedyGenerator, stop_tokens
+from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.seeding import numpy_generator
 from fedsim.server.aggregation import Aggregator
+from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
-from fedsim.server.tiers import Tiers, draw_tiers, module_ranks
+from fedsim.server.tiers import (
+    Tier,
+    Tiers,
+    check_ranks,
+    distributed_types,
+    draw_tiers,
+    module_ranks,
+    tiers_by_size,
+    with_phases,
+)
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
 CLIENTS = "clients"
@@ -58,7 +78,7 @@ def build_run(
     """
     targets = find_targets(base.model, config.lora.target_modules)
     updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
-    trainer, scorer = build_engine(config, group, base, data.train, strategy.traits.changes_base)
+    trainer, scorer, model = build_engine(config, group, base, data.train, strategy.traits.changes_base)
     cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
     return Run(
         group=group,
@@ -81,6 +101,7 @@ def build_run(
             ),
         ),
         client_test=_client_test(config, scorer, data),
+        answers=_answers(config, model, base, data),
         cohort=cohort,
         budget=_local_budget(config.training),
         local=_local_settings(config),
@@ -92,18 +113,51 @@ def build_run(
     )
 
 
-def build_tiers(config: Config, targets: Mapping[str, tuple[int, int]], num_clients: int) -> Tiers:
+def build_tiers(
+    config: Config,
+    targets: Mapping[str, tuple[int, int]],
+    num_clients: int,
+    sizes: NDArray[np.int64] | None = None,
+) -> Tiers:
     """The LoRA ranks of each client.
 
+    Args:
+        config: the configuration.
+        targets: dotted module path -> (in features, out features).
+        num_clients: of the federation.
+        sizes: (num_clients,) training examples of each client; used by lora.distribution=by_size only.
+
     Raises:
-        ConfigError: a tier excepts a module that is not adapted.
+        ConfigError: a tier excepts a module that is not adapted, or the tiers do not fit the model.
     """
+    tiers = _tiers_of_clients(config, targets, num_clients, sizes)
+    return with_phases(tiers, [(phase.from_round, phase.scale) for phase in config.lora.rank_schedule])
+
+
+def _tiers_of_clients(
+    config: Config,
+    targets: Mapping[str, tuple[int, int]],
+    num_clients: int,
+    sizes: NDArray[np.int64] | None,
+) -> Tiers:
     lora = config.lora
-    if not lora.tiers:
+    if lora.distribution == "by_size":
+        assert sizes is not None, "lora.distribution=by_size needs the clients' sizes"
+        return tiers_by_size(list(targets), sizes, lora.rank)
+    if lora.distribution is not None:
+        tiers = distributed_types(lora.distribution, targets, lora.rank_scale)
+    elif lora.tiers:
+        tiers = [
+            Tier(
+                f"lora.tiers[{index}]", module_ranks(list(targets), tier.rank, tier.module_ranks), tier.share
+            )
+            for index, tier in enumerate(lora.tiers)
+        ]
+        check_ranks(tiers, targets)
+    else:
         ranks = dict.fromkeys(targets, lora.rank)
         return Tiers((ranks,), np.zeros(num_clients, dtype=np.int64))
-    tiers = [module_ranks(list(targets), tier.rank, tier.module_ranks) for tier in lora.tiers]
-    return draw_tiers(tiers, [tier.share for tier in lora.tiers], num_clients, config.run.seed)
+    return draw_tiers(tiers, num_clients, config.run.seed)
 
 
 def build_federated_strategy(
@@ -152,9 +206,15 @@ def _options(options: Sequence[str]) -> dict[str, Any]:
 def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
     traits = strategy.traits
     if tiers.are_mixed and not traits.mixed_ranks:
+        key = "lora.tiers" if config.lora.distribution is None else "lora.distribution"
         raise ConfigError(
-            f"lora.tiers must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
+            f"{key} must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
             f"{len(tiers.ranks)} tiers; use a strategy for mixed ranks, such as flexlora"
+        )
+    if tiers.phases and traits.keeps_client_state and not traits.has_global_model:
+        raise ConfigError(
+            f"lora.rank_schedule must be empty with strategy.name={strategy.name}, whose clients keep their adapters, "
+            f"got {len(tiers.phases)} phases"
         )
     if not traits.has_global_model and config.evaluation.client_test == "off":
         raise ConfigError(
@@ -259,6 +319,32 @@ def _evaluator(
         examples,
         config.evaluation.batch_tokens,
     )
+
+
+def _answers(
+    config: Config, model: AdaptedModel | StackedModel, base: BaseModel, data: FederatedData
+) -> AnswerEvaluation | None:
+    answers = config.evaluation.answers
+    if answers.metric == "off":
+        return None
+    store = data.test
+    examples = sample_examples(len(store), answers.max_examples, config.run.seed, "max_answer_examples")
+    questions = questions_of(store, examples)
+    assert store.answers is not None, "questions_of refuses plain text"
+    generator = GreedyGenerator(model, base.pad_id, stop_tokens(base.model, base.tokenizer))
+    budget = config.evaluation.batch_tokens
+    test: AnswerTest
+    if answers.metric == "generated":
+        limit = max_positions_of(model.model.config)
+        test = GeneratedAnswers(generator, base.tokenizer, questions, answers.max_new_tokens, budget, limit)
+    else:
+        published = answers.metric == "teacher_forced_published"
+        test = TeacherForcedGuesses(generator, base.tokenizer, questions, budget, published)
+    tasks = [store.answers.task(example) or "" for example in examples.tolist()]
+    categories = [store.answers.category(example) for example in examples.tolist()]
+    known = [category for category in categories if category is not None]
+    suffix = "" if answers.metric == "generated" else "_tf"
+    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), suffix)
 
 
 def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientTest:

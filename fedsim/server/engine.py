@@ -25,8 +25,8 @@ MAX_TOKENS = {"cuda": 8192, "cpu": 2048}
 
 def build_engine(
     config: Config, group: Group, base: BaseModel, store: TokenStore, changes_base: bool = False
-) -> tuple[Trainer, Scorer]:
-    """The trainer and the scorer, both on the same base, which is changed in place.
+) -> tuple[Trainer, Scorer, AdaptedModel | StackedModel]:
+    """The trainer, the scorer, and what both work on: the base, which is changed in place.
 
     Args:
         config: the configuration.
@@ -63,7 +63,7 @@ def build_engine(
     trainer = SequentialTrainer(
         adapted, store, base.pad_id, config.training.on_not_finite == "drop", process_rank=group.rank
     )
-    return trainer, PaddedScorer(adapted, base.pad_id)
+    return trainer, PaddedScorer(adapted, base.pad_id), adapted
 
 
 def _try_packed(
@@ -88,7 +88,9 @@ def _try_packed(
     return stacked, None
 
 
-def _packed(config: Config, group: Group, stacked: StackedModel, store: TokenStore) -> tuple[Trainer, Scorer]:
+def _packed(
+    config: Config, group: Group, stacked: StackedModel, store: TokenStore
+) -> tuple[Trainer, Scorer, StackedModel]:
     pack = config.training.pack
     max_tokens = pack.max_tokens or MAX_TOKENS[group.device.type]
     trainer = PackedTrainer(
@@ -99,4 +101,4 @@ def _packed(config: Config, group: Group, stacked: StackedModel, store: TokenSto
         config.training.on_not_finite == "drop",
         process_rank=group.rank,
     )
-    return trainer, PackedScorer(stacked)
+    return trainer, PackedScorer(stacked), stacked

@@ -21,6 +21,7 @@ from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.models.base_update import UpdatableBase
 from fedsim.server.aggregation import Aggregator
+from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.server.tiers import Tiers
@@ -73,6 +74,7 @@ class Run:
         evaluate_every: rounds between evaluations.
         seed: the run's seed.
         privacy: what differential privacy has been spent; None without it.
+        answers: the test of the global model's answers; None without it.
         watch: is told how the round goes on.
     """
 
@@ -94,6 +96,7 @@ class Run:
     evaluate_every: int
     seed: int
     privacy: PrivacyAccountant | None = None
+    answers: AnswerEvaluation | None = None
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
@@ -108,7 +111,7 @@ class Run:
         """
         kept = self.store.load(client_id, state.client_versions)
         on_device = {name: tensor.to(self.group.device) for name, tensor in kept.items()}
-        return Client(client_id, self.tiers.lora_ranks(client_id), on_device)
+        return Client(client_id, self.tiers.lora_ranks(client_id, state.round_index), on_device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +169,15 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("evaluating")
     global_test = None
+    answers: dict[str, float] = {}
     if next_state.base_update is not None:
         with all_or_none(run.group, f"updating the base, round {round_index}"):
             run.base.apply(next_state.base_update)
     if run.evaluates(round_index) and run.strategy.traits.has_global_model:
         global_test = measure_global(run, next_state, f"evaluation, round {round_index}")
+        if run.answers is not None:
+            what = f"scoring answers, round {round_index}"
+            answers = run.answers.measure(run.group, run.strategy.export(next_state), what)
     ended = time.perf_counter()
     return next_state, RoundReport(
         round_index=round_index,
@@ -187,7 +194,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
             "round_s": ended - began,
         },
         train_seconds_by_rank=tuple(seconds for seconds, _ in told),
-        figures=_figures(run, round_index, aggregated),
+        figures=_figures(run, round_index, aggregated) | answers,
         spectra=aggregated.spectra,
     )
 

@@ -78,8 +78,8 @@ def test_run_folder(program: Any, capsys: Any, snapshot: Snapshot) -> None:
     folder = program.run_folder
     names = {path.name for path in folder.iterdir()} - {"run.lock"}
     assert names == {
-        "config.yaml", "run.json", "metrics.jsonl", "clients.parquet", "partition.json", "checkpoints", "adapter",
-        "wandb",
+        "config.yaml", "run.json", "metrics.jsonl", "clients.parquet", "partition.json", "tiers.json", "checkpoints",
+        "adapter", "wandb",
     }  # fmt: skip
     told = capsys.readouterr().err
     assert "test loss before training" in told

@@ -1,5 +1,7 @@
 """Every strategy in whole rounds with real local training: processes, sharding and checkpoints leave the bits alone."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from fedsim.config.schema import STRATEGY_NAMES
 from fedsim.lora.lowrank import combine
 from fedsim.server.checkpoint import load_newest_checkpoint, save_checkpoint
 from fedsim.server.round import run_round
-from fedsim.server.tiers import Tiers
+from fedsim.server.tiers import Tiers, with_phases
 from tests.helpers import run_ranks
 from tests.server.test_round import bits_of, make_run, start_state, three_rounds
 
@@ -44,6 +46,21 @@ CASES = {
         "probability": 0.5,
     },
 }  # fmt: skip
+
+
+SCHEDULED = (
+    "flexlora",
+    "flexlora_delta",
+    "flexlora_partitioned",
+    "hlora",
+    "hetlora",
+    "hetlora_naive",
+    "rbla",
+    "flora",
+    "florist",
+    "slora",
+)
+"""Strategies for mixed ranks with a global model."""
 
 
 def case_rounds(group: Group, case: str, folder: Path, sharded: bool) -> dict:
@@ -162,3 +179,17 @@ def test_noise_is_added_to_an_empty_cohort_too(tmp_path):
     run = make_run(SoloGroup(), "ffa", folder=tmp_path, probability=1e-12, privacy=PrivacySettings(1.0, 1.0))
     state, _ = run_round(start_state(), run)
     assert all(factors.B.abs().max() > 0 for factors in state.adapter.values())
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_clients_follow_a_schedule_of_ranks(name, tmp_path):
+    run = make_run(SoloGroup(), name, 5, 2, True, tmp_path, (2, 4), arguments=ARGUMENTS.get(name))
+    run = replace(run, tiers=with_phases(run.tiers, [(1, 0.5)]))
+    state, seen = start_state((2, 4)), []
+    for _ in range(3):
+        state, report = run_round(state, run)
+        seen.append([client.lora_rank for client in report.clients])
+        assert math.isfinite(report.global_test.mean)
+    assert seen[2] == [1, 2, 1, 2, 1]
+    if name != "slora":  # its first rounds have no ranks
+        assert seen[:2] == [[2, 4, 2, 4, 2], [1, 2, 1, 2, 1]]
