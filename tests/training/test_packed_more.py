@@ -559,7 +559,8 @@ def test_a_sliding_window_is_refused():
 def engine_for(model: torch.nn.Module, store: Any, *overrides: str) -> tuple[Any, Any]:
     config = load_config(None, ["data.max_tokens=32", "model.cpu_linear=torch", *overrides])
     base = BaseModel(model, None, PAD, "some-model", "some-model", torch.float32, "")
-    return build_engine(config, SoloGroup(), base, store)
+    trainer, scorer, _ = build_engine(config, SoloGroup(), base, store)
+    return trainer, scorer
 
 
 def test_a_model_that_cannot_be_packed_falls_back_with_one_warning(plain_attention, store, caplog):
