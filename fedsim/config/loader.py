@@ -242,7 +242,7 @@ def _read_override(override: str) -> dict[str, Any]:
             f"override {show(override)} must begin with a dotted key such as lora.rank, got {name!r}"
         )
     _check_known(name)
-    if not text.strip():
+    if not text.strip(" \t\r\n"):  # other blanks, such as no-break spaces, are text to YAML
         remedy = (
             f"; write {name}=null for null" if name in all_keys() and "null" in all_keys()[name].rule else ""
         )

@@ -22,7 +22,7 @@ TRICKY = [
     "{a}", "[a]", "|", ">", "${run.name}", "\\${x}", "\\\\${x}", "a${", "$"
 ]
 # fmt: on
-BREAKS = ["\u2028", "\x85", "a\nb", "a\r\nb", "\ta", " a ", "\ufeff"]
+BREAKS = ["\xa0", "\u2028", "\x85", "a\nb", "a\r\nb", "\ta", " a ", "\ufeff"]
 TEXTS = st.sampled_from(TRICKY + BREAKS) | st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20
 )
@@ -94,6 +94,10 @@ def test_any_valid_change_survives_the_file(folder: Path, change: tuple[Key, Any
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
 
     assert load_config(path) == config
+
+
+def test_a_no_break_space_is_a_text() -> None:
+    assert load_config(None, ["run.output_dir=\xa0\n"]).run.output_dir == "\xa0"
 
 
 @settings(deadline=None)
