@@ -228,7 +228,8 @@ def _run_rounds(
                     if _checkpoint_is_due(config, state):
                         records.clients.flush()
                         save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
-                        run.store.drop_superseded(kept_client_versions(records.checkpoints))
+                        if state.client_versions:  # else no checkpoint need be read again
+                            run.store.drop_superseded(kept_client_versions(records.checkpoints))
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
         with all_or_none(group, "writing the adapter"):

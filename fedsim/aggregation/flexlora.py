@@ -1,17 +1,14 @@
 """FlexLoRA (arXiv 2402.11505): average the products, redistribute by singular value decomposition."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
-from fedsim.aggregation.averaging import client_weights
-from fedsim.aggregation.spectrum import factors_of, spectrum_figures
+from fedsim.aggregation.spectrum import aggregate_by_svd
 from fedsim.aggregation.strategy import Aggregated, FactorStream, Federation, Traits
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.plan import BOTH, Client, ClientPlan, Sides, Upload
-from fedsim.lora.stacks import WeightedSum
 from fedsim.lora.state import ServerState
-from fedsim.lora.svd import sum_svd
 from fedsim.lora.truncate import truncated
 from fedsim.lora.updates import ClientReport
 
@@ -64,17 +61,7 @@ class FlexLora:
         self, state: ServerState, reports: Sequence[ClientReport], factors: FactorStream
     ) -> Aggregated:
         """The weighted mean of the clients' products, as factors of the largest rank."""
-        weights = client_weights(reports, self.federation.weighting)
-        adapter, figures, spectra = {}, {}, {}
-        for module, cohort in factors:
-            largest = self.federation.max_ranks[module]
-            total = WeightedSum(cohort, weights)
-            svd = sum_svd(total, largest)
-            adapter[module] = factors_of(svd, self.federation, module, largest, cohort[0].A.dtype)
-            figures[module] = spectrum_figures(svd, [client.rank for client in cohort], total.total_rank)
-            spectra[module] = tuple(svd.S.tolist())
-        after = replace(state, round_index=state.round_index + 1, adapter=AdapterState(adapter))
-        return Aggregated(after, figures, spectra)
+        return aggregate_by_svd(self.federation, state, reports, factors, holder="B")
 
     def export(self, state: ServerState, client: Client | None = None) -> AdapterState:  # noqa: ARG002
         """The global adapter: the best approximation of the largest rank."""

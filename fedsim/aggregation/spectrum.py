@@ -4,15 +4,20 @@ Shapes: o / i = out / in features of a module, r = LoRA rank, q = components of 
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from fedsim.aggregation.strategy import Federation
-from fedsim.lora.factors import LoraFactors
+from fedsim.aggregation.averaging import client_weights
+from fedsim.aggregation.strategy import Aggregated, FactorStream, Federation
+from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import initial_down
-from fedsim.lora.svd import Svd
+from fedsim.lora.stacks import WeightedSum
+from fedsim.lora.state import ServerState
+from fedsim.lora.svd import Svd, sum_svd
+from fedsim.lora.updates import ClientReport
 
 Holder = Literal["A", "B"]
 """The factor that the singular values are multiplied into."""
@@ -55,6 +60,37 @@ def factors_of(
     if kept < lora_rank:
         A[kept:] = initial_down(module, lora_rank, A.shape[1], federation.seed)[kept:]
     return LoraFactors(A, B, scaling)
+
+
+def aggregate_by_svd(
+    federation: Federation,
+    state: ServerState,
+    reports: Sequence[ClientReport],
+    factors: FactorStream,
+    holder: Holder,
+) -> Aggregated:
+    """The next state with the best approximation of largest rank of each module's W = sum_k p_k scaling_k B_k A_k.
+
+    The server step of FlexLoRA (arXiv 2402.11505) and HLoRA (arXiv 2503.00813), with the figures of its spectrum.
+
+    Args:
+        federation: of the run; weights p_k and largest ranks are its.
+        state: before the round.
+        reports: K reports in client_id order.
+        factors: the same K clients' factors, module by module.
+        holder: the factor that gets the singular values, see `factors_of`.
+    """
+    weights = client_weights(reports, federation.weighting)
+    adapter, figures, spectra = {}, {}, {}
+    for module, cohort in factors:
+        largest = federation.max_ranks[module]
+        total = WeightedSum(cohort, weights)
+        svd = sum_svd(total, largest)
+        adapter[module] = factors_of(svd, federation, module, largest, cohort[0].A.dtype, holder)
+        figures[module] = spectrum_figures(svd, [client.rank for client in cohort], total.total_rank)
+        spectra[module] = tuple(svd.S.tolist())
+    after = replace(state, round_index=state.round_index + 1, adapter=AdapterState(adapter))
+    return Aggregated(after, figures, spectra)
 
 
 def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> dict[str, float]:
