@@ -15,10 +15,11 @@ from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
-from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
+from fedsim.config.loader import SAFE_KEYS, complete_tree, to_tree, to_yaml
+from fedsim.config.paths import is_there, local_path
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError
+from fedsim.errors import CheckpointError, FedsimError, ModelError, PeerError, RunFolderError
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.lowrank import combine
 from fedsim.lora.payload import pickled_payload_mib
@@ -37,16 +38,17 @@ from fedsim.server.build import (
     build_tiers,
 )
 from fedsim.server.checkpoint import (
+    CheckpointWriter,
     kept_client_versions,
     list_checkpoints,
     load_newest_checkpoint,
-    save_checkpoint,
+    rounds_completed,
 )
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
 from fedsim.tracking.environment import describe_environment
-from fedsim.tracking.metrics import ClientTable, MetricsLog
+from fedsim.tracking.metrics import ClientTable, MetricsLog, whole_rounds
 from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
@@ -109,6 +111,7 @@ class Records:
     metrics: MetricsLog
     spectra: MetricsLog
     clients: ClientTable
+    writer: CheckpointWriter
 
     @property
     def checkpoints(self) -> Path:
@@ -121,7 +124,7 @@ class Records:
         return (
             self.folder.status() == "finished"
             and bool(found)
-            and int(found[-1].name.removeprefix("round_")) >= config.run.rounds
+            and rounds_completed(found[-1]) >= config.run.rounds
         )
 
     def check_same_inputs(self, inputs: Mapping[str, str]) -> None:
@@ -130,13 +133,42 @@ class Records:
         Raises:
             RunFolderError: a file, the tokenizer, or a library behind one of them has changed in between.
         """
+        if not list_checkpoints(self.checkpoints):
+            return
         before = self.folder.recorded("inputs")
-        changed = [name for name in inputs if before and before.get(name) != inputs[name]]
-        if changed and list_checkpoints(self.checkpoints):
+        if not isinstance(before, dict):
+            raise RunFolderError(
+                f"{self.folder.path / 'run.json'} must say what data and base the run was begun with, and does not; "
+                "restore the file, or delete the run folder to start again"
+            )
+        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        if changed:
             raise RunFolderError(
                 f"run folder {self.folder.path} was begun with other inputs ({', '.join(changed)}): what "
                 "data.source or model.name_or_path stands for has changed since; choose another run.name"
             )
+
+    def newest_state(self, every_rounds: int) -> ServerState | None:
+        """The newest checkpoint that the record covers; None for a run that has not come to its first one.
+
+        Args:
+            every_rounds: rounds between checkpoints, as this run is started now.
+
+        Raises:
+            CheckpointError: there is none that can be used, although there must have been one.
+        """
+        recorded = whole_rounds(self.metrics, self.clients)
+        state = load_newest_checkpoint(self.checkpoints, recorded)
+        before = self.folder.recorded("config")  # of the last start; this time it may be another number
+        section = before.get("checkpoint") if isinstance(before, dict) else None
+        every_before = section.get("every_rounds") if isinstance(section, dict) else None
+        every_rounds = every_before if isinstance(every_before, int) else every_rounds
+        if state is None and recorded > every_rounds:
+            raise CheckpointError(
+                f"{self.checkpoints} must hold a checkpoint of this run, of which {recorded} rounds are recorded; "
+                "restore it, or delete the run folder to start again"
+            )
+        return state
 
     def go_back_to(self, round_index: int) -> None:
         """Drop the records of rounds that a resumed run will repeat."""
@@ -146,13 +178,13 @@ class Records:
 
 
 def _folder_path(config: Config) -> Path:
-    return Path(config.run.output_dir).expanduser() / config.run.name
+    return local_path(config.run.output_dir) / config.run.name
 
 
 def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records | None:
     """The records of an earlier start of this run; None, with nothing written, if there was none."""
     path = _folder_path(config)
-    if not (path / "config.yaml").exists():
+    if not is_there(path / "config.yaml"):
         check_new_folder(path)
         return None
     return _open_new(config, open_things)
@@ -160,13 +192,16 @@ def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records
 
 def _open_new(config: Config, open_things: contextlib.ExitStack) -> Records:
     safe_keys = [key.removesuffix(".*") for key in SAFE_KEYS]
-    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys)
+    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys, complete_tree)
     open_things.enter_context(folder)
+    writer = CheckpointWriter(folder.path / CHECKPOINTS)
+    open_things.callback(writer.close)
     return Records(
         folder,
         MetricsLog(folder.path / "metrics.jsonl"),
         MetricsLog(folder.path / "spectra.jsonl"),
         ClientTable(folder.path / "clients.parquet"),
+        writer,
     )
 
 
@@ -202,7 +237,7 @@ def _run_rounds(
 ) -> None:
     """All rounds that are left, on every rank; `records` is None except on rank 0."""
     group = run.group
-    state = _start_state(run, base, summary, records)
+    state = _start_state(config, run, base, summary, records)
     with _reporting(config, group, base, summary, records) as (progress, tracker):
         run = replace(run, watch=progress)
         initial_loss = None
@@ -218,6 +253,7 @@ def _run_rounds(
             state, report = run_round(state, run)
             with all_or_none(group, f"recording round {round_index}"):
                 if records is not None:
+                    _settle_checkpoint(run, state, records)
                     metrics = round_metrics(report, _payload_mib(run, before, report))
                     if round_index == 0 and initial_loss is not None:
                         metrics["test/loss_initial"] = initial_loss
@@ -227,9 +263,7 @@ def _run_rounds(
                         records.spectra.append({"round_index": round_index, **report.spectra})
                     if _checkpoint_is_due(config, state):
                         records.clients.flush()
-                        save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
-                        if state.client_versions:  # else no checkpoint need be read again
-                            run.store.drop_superseded(kept_client_versions(records.checkpoints))
+                        records.writer.save(state, config.checkpoint.keep_last)
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
         with all_or_none(group, "writing the adapter"):
@@ -249,18 +283,30 @@ def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
     return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
 
 
+def _settle_checkpoint(run: Run, state: ServerState, records: Records) -> None:
+    """Before anything is recorded: the checkpoint under way is on the disk, and no version of a client's state is kept
+    that no checkpoint needs.
+    """
+    records.folder.check_held()
+    records.writer.wait()
+    if state.client_versions:  # else no checkpoint need be read again
+        run.store.drop_superseded(kept_client_versions(records.checkpoints))
+
+
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
     return {"data": summary.data.fingerprint, "base": base.fingerprint}
 
 
-def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Records | None) -> ServerState:
+def _start_state(
+    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
+) -> ServerState:
     """The newest checkpoint, or the initial state, on every rank."""
     group = run.group
 
     def load() -> ServerState:
         assert records is not None
         records.check_same_inputs(_fingerprints(base, summary))  # before any of its files is changed
-        state = load_newest_checkpoint(records.checkpoints)
+        state = records.newest_state(config.checkpoint.every_rounds)
         if state is None:
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             state = ServerState(0, summary.adapter.to("cpu", dtype))
@@ -336,6 +382,7 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
+    _settle_checkpoint(run, state, records)
     if run.strategy.traits.has_global_model:
         adapter = combine(run.strategy.export(state), state.base_update)
         _export(config, base, adapter, path / ADAPTER)

@@ -52,7 +52,7 @@ class MetricsLog:
     JSON has no NaN and no infinity: such a value is written as null, with `nan`, `inf` or `-inf` under
     `<key>/not_finite` beside it.
 
-    A last line that was cut off by a crash is dropped when the log is opened.
+    A last line that was cut off by a crash does not count, and is gone from the file after the next change.
 
     Raises:
         RunFolderError: the file cannot be read or written, or a line before the last is damaged.
@@ -60,10 +60,9 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        records, torn = self._load()
-        if torn:
-            logger.warning("%s: dropped its last line, which a crash had cut off", path)
-            self._rewrite(records)
+        records, self._torn = self._load()
+        if self._torn:
+            logger.warning("%s: its last line is dropped, which a crash had cut off", path)
         self._last_round: int = records[-1][ROUND] if records else -1
 
     def append(self, record: Mapping[str, Scalar | tuple[float, ...]]) -> None:
@@ -78,6 +77,7 @@ class MetricsLog:
                 f"got {round_index}"
             )
         line = _to_line(record).encode("utf-8")
+        self._drop_torn_line()
         try:
             with self._path.open("ab") as file:
                 file.write(line)
@@ -90,6 +90,7 @@ class MetricsLog:
     def truncate(self, before_round: int) -> None:
         """Forget the rounds from `before_round` on, because they will be run again."""
         if self._last_round < before_round:
+            self._drop_torn_line()
             return
         kept = [record for record in self.read() if record[ROUND] < before_round]
         self._rewrite(kept)
@@ -99,8 +100,13 @@ class MetricsLog:
         """All records, oldest first."""
         return self._load()[0]
 
+    def _drop_torn_line(self) -> None:
+        if self._torn:
+            self._rewrite(self.read())
+
     def _rewrite(self, records: Sequence[Mapping[str, Scalar]]) -> None:
         write_text_atomic(self._path, "".join(_to_line(record) for record in records))
+        self._torn = False
 
     def _load(self) -> tuple[list[dict[str, Any]], bool]:
         """The whole records, and whether a torn line follows them."""
@@ -169,7 +175,7 @@ class ClientTable:
             return
         self._table = self._table.combine_chunks()
         sink = pa.BufferOutputStream()
-        pq.write_table(self._table, sink, compression="zstd")
+        pq.write_table(self._table, sink, compression="zstd", write_page_checksum=True)
         replace_file(self._path, sink.getvalue().to_pybytes())
         self._unwritten = False
 
@@ -181,6 +187,11 @@ class ClientTable:
             self._unwritten = True
             self.flush()
 
+    def rows_by_round(self) -> dict[int, int]:
+        """Round -> number of its rows, flushed or not; without the rounds that have none."""
+        counts = self._table.group_by(ROUND).aggregate([(ROUND, "count")]).to_pydict()
+        return dict(zip(counts[ROUND], counts[f"{ROUND}_count"], strict=True))
+
     def newest(self, num_rows: int) -> pa.Table:
         """The last `num_rows` rows, oldest first."""
         return self._table.slice(max(0, self.num_rows - num_rows))
@@ -188,7 +199,7 @@ class ClientTable:
     def _load(self) -> pa.Table:
         try:
             # Not pq.read_table: that takes a folder named alpha=0.1 above the file for a column.
-            with pq.ParquetFile(self._path) as file:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
                 table = file.read()
         except FileNotFoundError:
             return client_schema().empty_table()
@@ -220,13 +231,26 @@ def _to_line(record: Mapping[str, Scalar | tuple[float, ...]]) -> str:
     return json.dumps(written, allow_nan=False) + "\n"
 
 
+def whole_rounds(log: MetricsLog, table: ClientTable) -> int:
+    """How many rounds, from the first on, the record has without a gap: in `log`, and with all clients in `table`."""
+    rows = table.rows_by_round()
+    whole = 0
+    for record in log.read():
+        num_clients = record.get("cohort/num_clients", rows.get(whole, 0))
+        if record[ROUND] != whole or num_clients != rows.get(whole, 0):
+            break
+        whole += 1
+    return whole
+
+
 def _from_line(line: bytes) -> dict[str, Any] | None:
     """The record, or None if the line does not hold one."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get(ROUND), int) else None
+    is_record = isinstance(record, dict) and type(record.get(ROUND)) is int
+    return record if is_record else None
 
 
 def _cannot(what: str, path: Path, error: Exception) -> RunFolderError:
