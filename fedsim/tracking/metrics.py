@@ -187,10 +187,9 @@ class ClientTable:
             self._unwritten = True
             self.flush()
 
-    def rows_by_round(self) -> dict[int, int]:
-        """Round -> number of its rows, flushed or not; without the rounds that have none."""
-        counts = self._table.group_by(ROUND).aggregate([(ROUND, "count")]).to_pydict()
-        return dict(zip(counts[ROUND], counts[f"{ROUND}_count"], strict=True))
+    def rounds(self) -> set[int]:
+        """The rounds that have rows, flushed or not."""
+        return set(pc.unique(self._table[ROUND]).to_pylist())
 
     def newest(self, num_rows: int) -> pa.Table:
         """The last `num_rows` rows, oldest first."""
@@ -203,7 +202,7 @@ class ClientTable:
                 table = file.read()
         except FileNotFoundError:
             return client_schema().empty_table()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise _cannot("read", self._path, error) from error
         if table.schema != client_schema():
             raise RunFolderError(
@@ -232,12 +231,11 @@ def _to_line(record: Mapping[str, Scalar | tuple[float, ...]]) -> str:
 
 
 def whole_rounds(log: MetricsLog, table: ClientTable) -> int:
-    """How many rounds, from the first on, the record has without a gap: in `log`, and with all clients in `table`."""
-    rows = table.rows_by_round()
+    """How many rounds, from the first on, the record has without a gap: in `log`, and where it had clients in `table`."""
+    with_rows = table.rounds()
     whole = 0
     for record in log.read():
-        num_clients = record.get("cohort/num_clients", rows.get(whole, 0))
-        if record[ROUND] != whole or num_clients != rows.get(whole, 0):
+        if record[ROUND] != whole or (record.get("cohort/num_clients") and whole not in with_rows):
             break
         whole += 1
     return whole
