@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import tempfile
@@ -89,6 +90,9 @@ def main() -> int:
         "--writes", type=int, default=50, help="kills of a process that only writes checkpoints"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no further run after so many"
+    )
     parser.add_argument("--folder", type=Path, default=None, help="for the runs; default: a temporary one")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -98,7 +102,9 @@ def main() -> int:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["FEDSIM_CACHE"] = str(folder / "cache")
-        tallies, starts, runs = soak(folder, options.kills, np.random.default_rng(options.seed))
+        tallies, starts, runs = soak(
+            folder, options.kills, 60 * options.minutes, np.random.default_rng(options.seed)
+        )
         tallies["SIGKILL of a process that only writes checkpoints"] = write(
             folder, options.writes, np.random.default_rng([options.seed, 1])
         )
@@ -115,8 +121,11 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def soak(folder: Path, kills: int, draw: np.random.Generator) -> tuple[dict[str, Tally], int, int]:
+def soak(
+    folder: Path, kills: int, most_s: float, draw: np.random.Generator
+) -> tuple[dict[str, Tally], int, int]:
     """Hurt runs until `kills` faults have met a live process; tallies by fault, number of starts and of runs."""
+    began = time.monotonic()
     settings = prepare(folder)
     twins, lives_s = {}, {}
     for method, arguments in METHODS.items():
@@ -128,7 +137,7 @@ def soak(folder: Path, kills: int, draw: np.random.Generator) -> tuple[dict[str,
         twins[method] = outcome(folder / "runs" / f"twin-{method}")
     tallies: dict[str, Tally] = defaultdict(Tally)
     starts = runs = 0
-    while sum(tally.tried for tally in tallies.values()) < kills:
+    while sum(tally.tried for tally in tallies.values()) < kills and time.monotonic() - began < most_s:
         method = list(METHODS)[runs % len(METHODS)]
         name = f"{method}-{runs}"
         command = [*settings, *METHODS[method], f"run.name={name}"]
@@ -154,6 +163,7 @@ def soak(folder: Path, kills: int, draw: np.random.Generator) -> tuple[dict[str,
         runs += 1
         done = sum(tally.tried for tally in tallies.values())
         print(f"{done} of {kills} faults, {runs} runs", file=sys.stderr, flush=True)
+        shutil.rmtree(run_folder, ignore_errors=True)
     return dict(tallies), starts, runs
 
 
