@@ -59,11 +59,7 @@ class RunFolder:
         Raises:
             RunFolderError: it was deleted or moved; perhaps another one, which somebody else holds, is in its place.
         """
-        try:
-            is_ours = _identity(self.path) == self._identity
-        except OSError:
-            is_ours = False
-        if not is_ours:
+        if not self._is_held():
             raise RunFolderError(
                 f"run folder {self.path} must stay where it is while a run uses it, and was deleted or moved; put it "
                 "back, or start again"
@@ -99,7 +95,12 @@ class RunFolder:
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
 
     def finish(self, status: EndStatus, reason: str | None = None) -> None:
-        """Write how the run ended into `run.json`, with the time and, unless it is finished, why."""
+        """Write how the run ended into `run.json`, with the time and, unless it is finished, why.
+
+        Raises:
+            RunFolderError: it cannot be written, or the folder is no longer ours.
+        """
+        self.check_held()
         self._write_run_file(
             {**self._read_run_file(), "status": status, "reason": reason, "end_time": _now()}
         )
@@ -107,7 +108,8 @@ class RunFolder:
     def close(self) -> None:
         """Let others use the folder. May be called twice."""
         if self._lock.is_locked:
-            (self.path / OWNER_FILE).unlink(missing_ok=True)
+            if self._is_held():
+                (self.path / OWNER_FILE).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -117,6 +119,12 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _is_held(self) -> bool:
+        try:
+            return _identity(self.path) == self._identity
+        except OSError:
+            return False
 
     def _read_run_file(self) -> dict[str, Any]:
         path = self.path / RUN_FILE
