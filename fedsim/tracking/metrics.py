@@ -231,7 +231,7 @@ def _to_line(record: Mapping[str, Scalar | tuple[float, ...]]) -> str:
 
 
 def whole_rounds(log: MetricsLog, table: ClientTable) -> int:
-    """Rounds, from the first on, that the record has without a gap: in `log` and, where there were clients, in `table`."""
+    """Rounds, from the first on, that the record has without a gap: in `log`, and those with clients in `table`."""
     with_rows = table.rounds()
     whole = 0
     for record in log.read():
