@@ -40,9 +40,20 @@ class _NewerFormatError(CheckpointError):
 
 
 def save_checkpoint(
-    state: ServerState, folder: Path, keep_last: int, protected: Collection[int] = ()
+    state: ServerState,
+    folder: Path,
+    keep_last: int,
+    protected: Collection[int] = (),
+    *,
+    make_folder: bool = True,
 ) -> Path:
     """Write the checkpoint of `state` below `folder`; then drop what `prune_checkpoints` drops.
+
+    Args:
+        state: after as many rounds as it says.
+        folder: of the checkpoints.
+        keep_last, protected: see `prune_checkpoints`.
+        make_folder: make `folder` if it is not there. The folder that it is in is never made: it was there.
 
     Raises:
         CheckpointError: the disk does not take it. The checkpoints that were there are as they were.
@@ -76,7 +87,8 @@ def save_checkpoint(
 
     target = folder / f"round_{state.round_index:06d}"
     try:
-        folder.mkdir(exist_ok=True)  # not its parents: a run folder that is gone is not made anew
+        if make_folder:
+            folder.mkdir(exist_ok=True)
         replace_folder(target, build)
         prune_checkpoints(folder, keep_last, protected)
     except (OSError, RunFolderError) as error:
@@ -166,6 +178,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._began = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[Path] | None = None
 
@@ -177,9 +190,16 @@ class CheckpointWriter:
         """
         self.wait()
         on_cpu = state.to("cpu")
+        # the folder is made once: a run whose folder is moved away meanwhile makes none in what takes its place
         self._under_way = self._thread.submit(
-            save_checkpoint, on_cpu, self._folder, keep_last, frozenset(protected)
+            save_checkpoint,
+            on_cpu,
+            self._folder,
+            keep_last,
+            frozenset(protected),
+            make_folder=not self._began,
         )
+        self._began = True
 
     def wait(self) -> None:
         """Until the checkpoint that is under way, if any, is on the disk.

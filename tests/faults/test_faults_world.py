@@ -66,7 +66,10 @@ def test_a_run_folder_that_is_deleted(
 
     def delete_and_train(state: Any, run: Any) -> Any:
         if state.round_index == 1:
-            shutil.rmtree(program.run_folder)
+            program.run_folder.rename(
+                program.folder / "gone"
+            )  # whole, since a checkpoint may be on its way into it
+            shutil.rmtree(program.folder / "gone", ignore_errors=True)
         return train(state, run)
 
     monkeypatch.setattr(simulation, "run_round", delete_and_train)
@@ -82,7 +85,7 @@ def test_a_run_folder_that_is_replaced(
     train = simulation.run_round
 
     def replace_and_train(state: Any, run: Any) -> Any:
-        if state.round_index == 1:
+        if state.round_index == 2:
             program.run_folder.rename(program.run_folder.with_name("moved"))
             program.run_folder.mkdir()
             (program.run_folder / "run.lock").touch()
