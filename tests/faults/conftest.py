@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ours = [item for item in items if "/tests/faults/" in str(item.path)]
     for item in ours:
         item.add_marker(pytest.mark.faults)
+        item.add_marker(pytest.mark.timeout(900))
     share = float(config.getoption("--fault-share"))
     left_out = {item for item in ours if share < 1 and item.name in ALL_ONLY}
     for name in DRAWN_FROM:

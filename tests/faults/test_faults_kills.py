@@ -15,7 +15,7 @@ METHODS: dict[str, list[str]] = {
     "fedadam": ["aggregation.server_optimizer.name=fedadam"],
     "flexlora": ["strategy.name=flexlora", "lora.tiers=[{rank: 2}, {rank: 4}, {rank: 8}]"],
     "fedsa": ["strategy.name=fedsa"],
-    "scaffold": ["strategy.name=scaffold"],
+    "scaffold": ["strategy.name=scaffold", "training.optimizer.name=sgd"],
     "private": [
         "aggregation.privacy.clip_norm=0.3", "aggregation.privacy.noise_multiplier=2.0", "cohort.sampling=poisson",
         "aggregation.client_weights=uniform",
@@ -37,7 +37,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(
         call=int(draw.integers(2, 4)),
         value=float(draw.uniform(0.0, 0.02)),
     )
-    ranks = start(program.arguments(command), 2, program.folder, [in_a_checkpoint]).wait(120.0)
+    ranks = start(program.arguments(command), 2, program.folder, [in_a_checkpoint]).wait(300.0)
     assert [ended.code for ended in ranks if ended.code in (0, None)] == [], ranks
     ranks = start(program.arguments(command), 1, program.folder, [])
     time.sleep(float(draw.uniform(0.0, 4.0)))
