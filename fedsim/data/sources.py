@@ -158,7 +158,12 @@ def _files_by_split(source: str, path: Path) -> dict[str, list[Path]]:
         if _kind(path) is None:
             raise DataError(f"data.source={source} must end in one of {KINDS}; rename it or convert it")
         return {"train": [path.resolve()]}
-    below = list(itertools.islice(path.rglob("*"), MOST_FILES + 1))
+    try:
+        below = list(itertools.islice(path.rglob("*"), MOST_FILES + 1))
+    except OSError as error:
+        raise DataError(
+            f"data.source={source} is a folder that cannot be listed ({_reason(error)})"
+        ) from error
     if len(below) > MOST_FILES:
         raise DataError(
             f"data.source={source} must be a folder with at most {MOST_FILES} files and folders below it; name the one "

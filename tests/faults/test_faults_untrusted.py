@@ -45,7 +45,7 @@ def unpickling(tree: ast.Module) -> Iterator[str]:
             yield name
         if name in RUNNERS:
             yield name
-        if named.get("allow_pickle") == "True" or name == "np.load":
+        if named.get("allow_pickle") == "True":  # numpy's default is not to
             yield name
 
 
@@ -64,7 +64,6 @@ def test_nothing_is_unpickled(path: Path) -> None:
         "torch.load(f)",
         "torch.load(f, weights_only=False)",
         "pickle.loads(b)",
-        "np.load(f)",
         "np.load(f, allow_pickle=True)",
         "eval(x)",
         "yaml.load(f)",
@@ -96,9 +95,10 @@ def test_a_pickle_in_place_of_tensors_does_not_run(program: Any, capsys: pytest.
     corpus = program.folder / "corpus.parquet"
     corpus.write_bytes(bomb)
     assert program.run(f"data.source={corpus}", "run.name=other") == 2
-    (program.run_folder / "adapter" / "adapter_model.safetensors").write_bytes(bomb)
+    adapter = next(program.run_folder.glob("adapter*/**/adapter_model.safetensors"))
+    adapter.write_bytes(bomb)
     with pytest.raises(AdapterError, match="not a readable PEFT adapter"):
-        load_peft_adapter(program.run_folder / "adapter")
+        load_peft_adapter(adapter.parent)
     model = program.folder / "model"
     shutil.copytree(program.settings["model.name_or_path"], model)
     (model / "model.safetensors").unlink()
@@ -188,7 +188,7 @@ def test_a_manifest_cannot_name_a_file_elsewhere(cache: Path) -> None:
     manifest = json.loads((entry / "manifest.json").read_text())
     manifest["files"]["../secret"] = "0"
     (entry / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match=r"is damaged \(secret changed or missing\)"):
+    with pytest.raises(CacheError, match=r"is damaged \(manifest\.json changed or missing\)"):
         cached_folder("words", {"a": 1}, write_word)
 
 
