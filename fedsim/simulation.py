@@ -52,6 +52,7 @@ from fedsim.server.checkpoint import (
     load_newest_checkpoint,
     rounds_completed,
 )
+from fedsim.server.client_store import ClientStore
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
@@ -226,17 +227,20 @@ class Records:
                 "data.source or model.name_or_path stands for has changed since; choose another run.name"
             )
 
-    def newest_state(self, every_rounds: int) -> ServerState | None:
+    def newest_state(self, every_rounds: int, store: ClientStore) -> ServerState | None:
         """The newest checkpoint that the record covers; None for a run that has not come to its first one.
 
         Args:
             every_rounds: rounds between checkpoints, as this run is started now.
+            store: of the clients' own states, which must be whole.
 
         Raises:
             CheckpointError: there is none that can be used, although there must have been one.
         """
         recorded = whole_rounds(self.metrics, self.clients)
-        state = load_newest_checkpoint(self.checkpoints, recorded)
+        state = load_newest_checkpoint(
+            self.checkpoints, recorded, lambda found: store.check(found.client_versions)
+        )
         before = self.folder.recorded("config")  # of the last start; this time it may be another number
         section = before.get("checkpoint") if isinstance(before, dict) else None
         every_before = section.get("every_rounds") if isinstance(section, dict) else None
@@ -403,7 +407,7 @@ def _start_state(
     def load() -> ServerState:
         assert records is not None
         records.check_same_inputs(_fingerprints(base, summary))  # before any of its files is changed
-        state = records.newest_state(config.checkpoint.every_rounds)
+        state = records.newest_state(config.checkpoint.every_rounds, run.store)
         if state is None:
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             state = ServerState(0, summary.adapter.to("cpu", dtype))

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,20 @@ def rounds_completed(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("round_"))
 
 
-def load_newest_checkpoint(folder: Path, recorded_rounds: int | None = None) -> ServerState | None:
+def load_newest_checkpoint(
+    folder: Path,
+    recorded_rounds: int | None = None,
+    check: Callable[[ServerState], object] = lambda _: None,
+) -> ServerState | None:
     """The newest checkpoint that a run can go on from, on the CPU; None if there is none at all.
 
-    A damaged one is reported, and the one before it is used; so is one after rounds that the record does not hold.
+    A damaged one is reported, and the one before it is used; so is one after rounds that the record does not hold, and
+    one that `check` refuses.
 
     Args:
         folder: of the checkpoints.
         recorded_rounds: rounds in the record of the run, from the first on; None: not to be looked at.
+        check: raises a `CheckpointError` for a state that cannot be gone on from.
 
     Raises:
         CheckpointError: there are checkpoints, but none is readable, or the newest whole one is of a later fedsim.
@@ -141,7 +147,10 @@ def load_newest_checkpoint(folder: Path, recorded_rounds: int | None = None) -> 
                     f"the record of the run, metrics.jsonl and clients.parquet, is whole up to round "
                     f"{recorded_rounds} only"
                 )
-        except DAMAGE as error:
+            check(state)
+        except _NewerFormatError:
+            raise
+        except (*DAMAGE, CheckpointError) as error:
             problems.append(f"{path.name}: {_one_line(error)}")
             logger.warning("checkpoint %s cannot be used (%s); trying the one before", path, _one_line(error))
         else:

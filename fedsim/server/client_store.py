@@ -69,6 +69,15 @@ class ClientStore:
             ) from error
         return state
 
+    def check(self, versions: Mapping[int, int]) -> None:
+        """Read every client's state once, so that a damaged one shows before a run goes on and not at its end.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        for client_id in sorted(versions):
+            self.load(client_id, versions)
+
     def save(self, client_id: int, round_index: int, state: ClientState) -> None:
         """Write the version of a round; on the disk when this returns.
 

@@ -248,3 +248,16 @@ def test_a_disk_that_does_not_take_it_is_named(tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         save_checkpoint(state(1), tmp_path / "checkpoints", keep_last=2)
+
+
+def test_a_state_that_cannot_be_gone_on_from_is_passed_over(tmp_path, caplog):
+    def refuse(found):
+        if found.round_index > 1:
+            raise CheckpointError("client 3 has lost its state")
+
+    for index in (1, 2):
+        save_checkpoint(state(index), tmp_path, keep_last=5)
+    loaded = load_newest_checkpoint(tmp_path, check=refuse)
+    assert loaded is not None
+    assert loaded.round_index == 1
+    assert "round_000002 cannot be used (client 3 has lost its state)" in caplog.text
