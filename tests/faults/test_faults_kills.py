@@ -15,7 +15,10 @@ METHODS: dict[str, list[str]] = {
     "fedadam": ["aggregation.server_optimizer.name=fedadam"],
     "flexlora": ["strategy.name=flexlora", "lora.tiers=[{rank: 2}, {rank: 4}, {rank: 8}]"],
     "fedsa": ["strategy.name=fedsa"],
-    "scaffold": ["strategy.name=scaffold", "training.optimizer.name=sgd"],
+    "scaffold": [
+        "strategy.name=scaffold", "training.optimizer.name=sgd", "training.max_grad_norm=null",
+        "aggregation.client_weights=uniform",
+    ],
     "private": [
         "aggregation.privacy.clip_norm=0.3", "aggregation.privacy.noise_multiplier=2.0", "cohort.sampling=poisson",
         "aggregation.client_weights=uniform",
