@@ -33,6 +33,7 @@ from fedsim.server.build import (
     build_cohort_policy,
     build_federated_strategy,
     build_initial_adapter,
+    build_participation,
     build_run,
     build_tiers,
 )
@@ -193,6 +194,7 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
             build_cohort_policy(config.cohort, num_clients),
             tiers,
             build_federated_strategy(config, description.targets, tiers, num_clients),
+            build_participation(config, tiers),
         )
     return summary, data
 

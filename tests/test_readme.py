@@ -78,7 +78,7 @@ def test_keys_exist(page: Path) -> None:
     named = {name for name in ASSIGNMENT.findall(text) if name.partition(".")[0] in roots}
     for code in inline_code(page):
         is_key = re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", code) and code.partition(".")[0] in roots
-        if is_key and not code.endswith((".json", ".jsonl", ".yaml", ".lock", ".py")):
+        if is_key and not code.endswith((".json", ".jsonl", ".yaml", ".lock", ".parquet", ".py")):
             named.add(code)
 
     assert sorted(named - known) == []

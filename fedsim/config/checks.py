@@ -1,5 +1,6 @@
 """Rules that tie several keys together, checked before anything is loaded."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ from fedsim.config.messages import refuse
 from fedsim.config.schema import (
     EMBEDDED,
     AggregationConfig,
+    ClientsConfig,
     CohortConfig,
     Config,
     DataConfig,
@@ -55,6 +57,7 @@ def cross_checks(config: Config) -> None:
     refuse(
         [
             *_cohort(config.cohort, config.data.partition.num_clients),
+            *_clients(config),
             *_data(config.data),
             *_partition(config.data),
             *_model(config.model, config.run),
@@ -106,6 +109,54 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
         twice = sorted({i for i in cohort.client_ids if cohort.client_ids.count(i) > 1})
         if twice:
             yield f"cohort.client_ids must name each client once, got {show(twice)} more than once"
+
+
+def _clients(config: Config) -> Iterator[str]:
+    """Unreliable clients and the simulated clock."""
+    clients, num_clients = config.clients, config.data.partition.num_clients
+    yield from _clock(clients)
+    for index, outage in enumerate(clients.outages):
+        where = f"clients.outages[{index}]"
+        if outage.until_round <= outage.from_round:
+            yield f"{where}.until_round must be above from_round={outage.from_round}, got {outage.until_round}"
+        outside = [client_id for client_id in outage.client_ids if client_id >= num_clients]
+        if outside:
+            yield f"{where}.client_ids must be below data.partition.num_clients={num_clients}, got {show(outside)}"
+        if outage.client_ids and outage.share != 1:
+            yield f"{where}.share must stay at its default 1.0 when client_ids is set, got {show(outage.share)}"
+    if clients.corruption.kind != "scaled":
+        because = f"when clients.corruption.kind is {clients.corruption.kind}"
+        yield from _unused("clients.corruption", clients.corruption, ("scale",), because)
+    if clients.over_selection > 1:
+        yield from _over_selection(config.cohort, clients.over_selection, num_clients)
+    if config.strategy.name == "centralized" and clients != ClientsConfig():
+        yield "clients must be left at its defaults with strategy.name=centralized, which has no clients to lose"
+
+
+def _clock(clients: ClientsConfig) -> Iterator[str]:
+    """Keys that need simulated times."""
+    if clients.devices:
+        return
+    because = "when clients.devices is empty, without which there is no simulated clock"
+    yield from _unused("clients", clients, ("over_selection", "deadline_s"), because)
+    yield from _unused("clients.slowness", clients.slowness, ("name", "spread", "each_round"), because)
+
+
+def _over_selection(cohort: CohortConfig, factor: float, num_clients: int) -> Iterator[str]:
+    if cohort.sampling == "poisson" or cohort.client_ids is not None:
+        yield (
+            "clients.over_selection must be 1 unless a fixed number of clients is drawn (cohort.size or "
+            f"cohort.fraction, cohort.sampling=fixed), got {show(factor)}"
+        )
+        return
+    wanted = (
+        cohort.size if cohort.size is not None else max(1, int((cohort.fraction or 0) * num_clients + 1e-9))
+    )
+    if math.ceil(wanted * factor - 1e-9) > num_clients:
+        yield (
+            f"clients.over_selection times the cohort of {wanted} clients must be at most "
+            f"data.partition.num_clients={num_clients}, got {show(factor)}"
+        )
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -281,6 +332,10 @@ def _training(training: TrainingConfig) -> Iterator[str]:
     if training.local_steps is not None and warmup > training.local_steps:
         limit = f"training.local_steps={training.local_steps}"
         yield f"training.schedule.warmup_steps must be at most {limit}, got {warmup}"
+    if training.max_update_norm is None:
+        yield from _unused(
+            "training", training, ("on_large_update",), "when training.max_update_norm is null"
+        )
     yield from _optimizer(training.optimizer)
 
 

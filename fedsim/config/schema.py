@@ -406,6 +406,80 @@ class CohortConfig(Node):
         return {**node, "size": None} if others_are_set else node
 
 
+class OutageConfig(Node):
+    """Clients that cannot be drawn in some rounds."""
+
+    from_round: int = key(..., "first round of the outage, counted from 0", "rounds", ge=0)
+    until_round: int = key(..., "first round in which the clients are back", "rounds", gt=0)
+    client_ids: tuple[Annotated[int, Field(ge=0)], ...] = key((), "who; empty: a share of all clients")
+    share: float = key(
+        1.0, "share of all clients, drawn with run.seed and rounded down", "fraction", gt=0, le=1
+    )
+
+
+class DeviceConfig(Node):
+    """The hardware and the link of a client, as simulated."""
+
+    tokens_per_s: float = key(..., "tokens of local training in a second", "tokens/s", gt=0)
+    uplink_mbps: float = key(..., "from the client to the server", "Mbit/s", gt=0)
+    downlink_mbps: float = key(..., "from the server to the client", "Mbit/s", gt=0)
+
+
+class SlownessConfig(Node):
+    """A random factor on the simulated time of local training."""
+
+    name: Literal["none", "lognormal", "pareto", "uniform"] = key(
+        "none",
+        "lognormal: exp(spread z); pareto: at least 1, with tail index spread; uniform: in [1, 1 + spread)",
+    )
+    spread: float = key(1.0, "see name", gt=0, le=1000)
+    each_round: bool = key(True, "drawn anew in each round; false: once for each client")
+
+
+class CorruptionConfig(Node):
+    """Updates that arrive broken, to see what the server does with them."""
+
+    probability: float = key(0.0, "of an update", "probability", ge=0, le=1)
+    kind: Literal["nan", "inf", "scaled"] = key(
+        "nan", "nan, inf: a value of each factor becomes that; scaled: the update is multiplied by scale"
+    )
+    scale: float = key(100.0, "kind=scaled: factor on the update")
+
+
+class ClientsConfig(Node):
+    """How reliable clients are, and how fast; a simulated clock runs where devices are given."""
+
+    availability: float = key(
+        1.0, "probability with which a client can be drawn in a round", "probability", gt=0, le=1
+    )
+    outages: tuple[OutageConfig, ...] = key(
+        (),
+        "clients that cannot be drawn in some rounds, such as [{from_round: 3, until_round: 5, share: 0.5}]",
+    )
+    dropout: float = key(
+        0.0, "probability with which a drawn client never reports back", "probability", ge=0, lt=1
+    )
+    over_selection: float = key(
+        1.0,
+        "clients drawn for each one wanted, rounded up; the server goes on with the first that report",
+        ge=1,
+        le=100,
+    )
+    deadline_s: float | None = key(
+        None,
+        "simulated seconds after which the server no longer waits for a client; null: it waits for all",
+        "seconds",
+        gt=0,
+    )
+    devices: tuple[DeviceConfig, ...] = key(
+        (),
+        "one for all clients, or one for each resource tier in their order, such as [{tokens_per_s: 500, "
+        "uplink_mbps: 10, downlink_mbps: 50}]; empty: no clock",
+    )
+    slowness: SlownessConfig = Field(default_factory=SlownessConfig)
+    corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
+
+
 class OptimizerConfig(Node):
     """The client's optimizer, fresh in each local run."""
 
@@ -475,6 +549,16 @@ class TrainingConfig(Node):
     on_not_finite: Literal["fail", "drop"] = key(
         "fail",
         "a client whose loss or adapter is not finite ends the run, or is left out of the round and counted",
+    )
+    max_update_norm: float | None = key(
+        None,
+        "largest norm of a client's update, over all its factors together; null: any that is finite",
+        gt=0,
+    )
+    on_large_update: Literal["fail", "drop", "clip"] = key(
+        "fail",
+        "an update above max_update_norm ends the run, is left out of the round, or is scaled down to it; counted and "
+        "logged",
     )
     max_grad_norm: float | None = key(
         1.0, "clip each client's gradient to this norm; null: do not clip", gt=0
@@ -710,6 +794,7 @@ class Config(Node):
     model: ModelConfig = Field(default_factory=ModelConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     cohort: CohortConfig = Field(default_factory=CohortConfig)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig)

@@ -20,6 +20,7 @@ class ServerState:
             base that is as it was loaded.
         client_versions: client -> round in which the newest version of its own state was written. The tensors lie on
             disk; see `fedsim.server.client_store`.
+        simulated_s: simulated seconds of all rounds so far; 0 without a simulated clock.
     """
 
     round_index: int
@@ -27,6 +28,7 @@ class ServerState:
     strategy_state: Mapping[str, AdapterState] = field(default_factory=dict)
     base_update: AdapterState | None = None
     client_versions: Mapping[int, int] = field(default_factory=dict)
+    simulated_s: float = 0.0
 
     def adapters(self) -> dict[str, AdapterState]:
         """All adapters of the state by a name of their own: "adapter", "base_update", "strategy/...."."""
@@ -48,6 +50,7 @@ class ServerState:
             entries,
             adapters.get("base_update"),
             self.client_versions,
+            self.simulated_s,
         )
 
     def to(self, device: torch.device | str) -> "ServerState":

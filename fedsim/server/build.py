@@ -15,7 +15,7 @@ from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
-from fedsim.config.schema import CohortConfig, Config, TrainingConfig
+from fedsim.config.schema import ClientsConfig, CohortConfig, Config, TrainingConfig
 from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
@@ -44,6 +44,7 @@ from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
+from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import (
     Tier,
     Tiers,
@@ -54,7 +55,10 @@ from fedsim.server.tiers import (
     tiers_by_size,
     with_phases,
 )
+from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from fedsim.training.settings import LocalSettings, OptimizerSettings
+
+BYTES_PER_MBIT = 1e6 / 8
 
 CLIENTS = "clients"
 """Folder of what belongs to single clients, in the run folder."""
@@ -110,6 +114,9 @@ def build_run(
         evaluate_every=config.evaluation.every_rounds,
         seed=config.run.seed,
         privacy=_accountant(config, cohort),
+        participation=build_participation(config, tiers),
+        screening=_screening(config),
+        corruption=_corruption(config),
     )
 
 
@@ -253,6 +260,54 @@ def build_initial_adapter(
     """
     scaling = ScalingRule(config.lora.lora_alpha, config.lora.use_rslora)
     return initial_adapter(targets, tiers.max_ranks, scaling, config.run.seed, dtype)
+
+
+def build_participation(config: Config, tiers: Tiers) -> Participation | None:
+    """How reliable clients are, and the simulated clock; None where all report back and there is no clock.
+
+    Raises:
+        ConfigError: there are neither one device nor as many as resource tiers.
+    """
+    clients = config.clients
+    settings = clients.model_dump(exclude={"corruption"})
+    if settings == ClientsConfig().model_dump(exclude={"corruption"}):
+        return None
+    if len(clients.devices) not in (0, 1, len(tiers.ranks)):
+        raise ConfigError(
+            f"clients.devices must hold one device for all clients, or one for each of {len(tiers.ranks)} resource "
+            f"tiers, got {len(clients.devices)}"
+        )
+    return Participation(
+        availability=clients.availability,
+        outages=tuple(Outage(**outage.model_dump()) for outage in clients.outages),
+        dropout=clients.dropout,
+        over_selection=clients.over_selection,
+        deadline_s=clients.deadline_s,
+        devices=tuple(
+            Device(
+                device.tokens_per_s,
+                device.uplink_mbps * BYTES_PER_MBIT,
+                device.downlink_mbps * BYTES_PER_MBIT,
+            )
+            for device in clients.devices
+        ),
+        tier_of=tiers.tier_of,
+        slowness=Slowness(**clients.slowness.model_dump()),
+    )
+
+
+def _screening(config: Config) -> Screening | None:
+    training = config.training
+    if training.max_update_norm is None and config.clients.corruption.probability == 0:
+        return None  # the trainer itself sees to it that updates are finite
+    return Screening(training.on_not_finite, training.max_update_norm, training.on_large_update)
+
+
+def _corruption(config: Config) -> Corruption | None:
+    corruption = config.clients.corruption
+    if corruption.probability == 0:
+        return None
+    return Corruption(corruption.probability, corruption.kind, corruption.scale, config.run.seed)
 
 
 def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:

@@ -42,6 +42,7 @@ def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
             name: {module: factors.scaling for module, factors in adapter.items()}
             for name, adapter in named.items()
         },
+        "simulated_s": state.simulated_s,
         "client_versions": {str(client): version for client, version in state.client_versions.items()},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
@@ -119,6 +120,7 @@ def _load(path: Path) -> ServerState:
         description["round_index"],
         AdapterState({}),
         client_versions=_client_versions(description),
+        simulated_s=description.get("simulated_s", 0.0),  # absent before there was a clock
     ).with_adapters(adapters)
 
 

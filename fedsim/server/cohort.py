@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.data.build import FederatedData
 from fedsim.lora.updates import POOLED_CLIENT
@@ -51,11 +52,22 @@ class LocalBudget:
         return self.local_steps * self.examples_per_step
 
 
-def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[int, ...]:
+def sample_cohort(
+    policy: CohortPolicy, seed: int, round_index: int, available: NDArray[np.int64] | None = None
+) -> tuple[int, ...]:
     """The clients of a round in ascending order, as `policy` says; none at all may come out of Poisson sampling.
 
-    The draw depends on (seed, round) alone.
+    The draw depends on (seed, round) and on who is available.
+
+    Args:
+        policy: how cohorts are chosen.
+        seed: of the run.
+        round_index: from 0.
+        available: clients that can be drawn, ascending; None for all. Where they are fewer than `policy` asks for, all
+            of them are drawn.
     """
+    if available is not None and len(available) < policy.num_clients:
+        return _among(available, policy, seed, round_index)
     if policy.client_ids is not None:
         return tuple(sorted(policy.client_ids))
     if policy.probability is not None:
@@ -65,6 +77,20 @@ def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[in
         policy.num_clients, size=policy.size, replace=False, shuffle=False
     )
     return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def _among(
+    available: NDArray[np.int64], policy: CohortPolicy, seed: int, round_index: int
+) -> tuple[int, ...]:
+    """The cohort where some clients cannot be drawn."""
+    if policy.client_ids is not None:
+        return tuple(sorted(set(policy.client_ids) & set(available.tolist())))
+    generator = numpy_generator(seed, "cohort", round_index)
+    if policy.probability is not None:
+        tosses = generator.random(policy.num_clients)
+        return tuple(available[tosses[available] < policy.probability].tolist())
+    size = min(policy.size, len(available))
+    return tuple(np.sort(generator.choice(available, size=size, replace=False, shuffle=False)).tolist())
 
 
 def client_jobs(

@@ -11,6 +11,7 @@ from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import MIB, pickled_payload_mib
 from fedsim.server.cohort import CohortPolicy
 from fedsim.server.tiers import Tiers
+from fedsim.server.turnout import Participation
 
 MOST_TIERS = 8
 """Resource tiers that are listed one by one."""
@@ -28,6 +29,7 @@ class RunSummary:
         cohort: how cohorts are chosen.
         tiers: LoRA ranks of each client.
         strategy: the federated method.
+        participation: how reliable clients are; None if all report back.
     """
 
     base_name: str
@@ -37,6 +39,7 @@ class RunSummary:
     cohort: CohortPolicy
     tiers: Tiers
     strategy: Strategy
+    participation: Participation | None = None
 
     def lines(self) -> list[str]:
         """The summary as aligned lines of text."""
@@ -50,6 +53,8 @@ class RunSummary:
             ("cohort", f"{self._size()} of {self.cohort.num_clients} clients a round"),
             ("traffic", self._traffic()),
         ]
+        if self.participation is not None:
+            rows.append(("clients", self._participation(self.participation)))
         return [f"{name:<10}{text}" for name, text in rows]
 
     def _model(self) -> str:
@@ -75,6 +80,19 @@ class RunSummary:
             shown = "/".join(map(str, sorted(set(ranks.values()))))
             tiers.append(f"{count} clients of LoRA rank {shown}")
         return f"{self.strategy.name}; {', '.join(tiers)}"
+
+    def _participation(self, participation: Participation) -> str:
+        parts = [f"available with probability {participation.availability:g}"]
+        if participation.outages:
+            parts.append(f"{len(participation.outages)} outages")
+        parts.append(f"drop out with probability {participation.dropout:g}")
+        if participation.over_selection > 1:
+            parts.append(f"{participation.over_selection:g} drawn for each one wanted")
+        if participation.deadline_s is not None:
+            parts.append(f"late after {participation.deadline_s:g} simulated seconds")
+        if participation.has_clock:
+            parts.append("simulated clock on")
+        return ", ".join(parts)
 
     def _size(self) -> str:
         return f"{self.cohort.size}" if self.cohort.probability is None else f"about {self.cohort.size}"
