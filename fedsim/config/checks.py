@@ -282,6 +282,9 @@ def _training(training: TrainingConfig) -> Iterator[str]:
         limit = f"training.local_steps={training.local_steps}"
         yield f"training.schedule.warmup_steps must be at most {limit}, got {warmup}"
     yield from _optimizer(training.optimizer)
+    begins = [phase.from_round for phase in training.round_schedule]
+    if begins != sorted(set(begins)):
+        yield f"training.round_schedule must have ascending values of from_round, got {show(begins)}"
 
 
 def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:

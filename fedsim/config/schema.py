@@ -453,6 +453,13 @@ class PackConfig(Node):
     )
 
 
+class LrPhaseConfig(Node):
+    """The learning rate from a round on."""
+
+    from_round: int = key(..., "first round of the phase, counted from 0", "rounds", ge=0)
+    lr_scale: float = key(..., "factor on training.optimizer.lr, not on the factor of an earlier phase", gt=0)
+
+
 class TrainingConfig(Node):
     """Local training of a client. Set local_epochs or local_steps."""
 
@@ -486,6 +493,11 @@ class TrainingConfig(Node):
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    round_schedule: tuple[LrPhaseConfig, ...] = key(
+        (),
+        "learning rates of clients that change with the round, such as [{from_round: 15, lr_scale: 0.5}], which is "
+        "what the code of arXiv 2402.11505 does; before the first phase, and when empty, the factor is 1",
+    )
     pack: PackConfig = Field(default_factory=PackConfig)
 
     @model_validator(mode="before")

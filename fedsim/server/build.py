@@ -109,6 +109,7 @@ def build_run(
         rounds=config.run.rounds,
         evaluate_every=config.evaluation.every_rounds,
         seed=config.run.seed,
+        lr_phases=tuple((phase.from_round, phase.lr_scale) for phase in config.training.round_schedule),
         privacy=_accountant(config, cohort),
     )
 

@@ -26,7 +26,7 @@ from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.server.tiers import Tiers
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
-from fedsim.training.settings import LocalSettings
+from fedsim.training.settings import LocalSettings, at_round
 from fedsim.training.trainer import Trainer
 
 
@@ -69,6 +69,7 @@ class Run:
         cohort: how cohorts are chosen.
         budget: how much a client trains in a round.
         local: how a client trains.
+        lr_phases: first round and factor on the learning rate of `local` from then on, ascending.
         num_packs: packs of a round.
         rounds: rounds of the whole run.
         evaluate_every: rounds between evaluations.
@@ -95,6 +96,7 @@ class Run:
     rounds: int
     evaluate_every: int
     seed: int
+    lr_phases: tuple[tuple[int, float], ...] = ()
     privacy: PrivacyAccountant | None = None
     answers: AnswerEvaluation | None = None
     watch: Watch = field(default_factory=NoWatch)
@@ -102,6 +104,10 @@ class Run:
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
         return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+
+    def local_in(self, round_index: int) -> LocalSettings:
+        """How a client trains in a round."""
+        return at_round(self.local, self.lr_phases, round_index)
 
     def client(self, client_id: int, state: ServerState) -> Client:
         """A client with what was kept for it, on the group's device.
@@ -126,7 +132,7 @@ class RoundReport:
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
-        figures: what the strategy and the privacy accountant say about the round, by metric.
+        figures: what the strategy, the learning rate's phases and the privacy accountant say about the round, by metric.
         spectra: module -> singular values of the average update, where the strategy knows them.
     """
 
@@ -202,9 +208,10 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients of a round do; the same on every rank."""
     cohort = sample_cohort(run.cohort, run.seed, round_index)
+    local = run.local_in(round_index)
     if run.strategy.traits.trains_pool:
-        return pooled_job(cohort, run.data, run.budget, run.local, round_index)
-    return client_jobs(cohort, run.data, run.budget, run.local)
+        return pooled_job(cohort, run.data, run.budget, local, round_index)
+    return client_jobs(cohort, run.data, run.budget, local)
 
 
 def measure_global(run: Run, state: ServerState, what: str) -> LossSums:
@@ -277,12 +284,13 @@ def _with_versions(
 
 
 def _figures(run: Run, round_index: int, aggregated: Aggregated) -> dict[str, float]:
-    """Means over modules of what the strategy says, and the privacy spent."""
+    """Means over modules of what the strategy says, the peak learning rate, and the privacy spent."""
     names = dict.fromkeys(name for figures in aggregated.by_module.values() for name in figures)
     means = {}
     for name in names:
         values = [figures[name] for figures in aggregated.by_module.values() if name in figures]
         means[name] = math.fsum(values) / len(values)
+    means["train/lr"] = run.local_in(round_index).optimizer.lr
     if run.privacy is not None:
         means["privacy/epsilon"] = run.privacy.epsilon(round_index + 1)
     return means
