@@ -62,6 +62,7 @@ def cross_checks(config: Config) -> None:
             *_training(config.training),
             *_checkpointing(config.training, config.model),
             *_strategy(config.strategy),
+            *_slora(config),
             *_scaffold(config),
             *_aggregation(config.aggregation, config.run),
             *_privacy(config),
@@ -297,7 +298,7 @@ OPTIONS_OF = ("hetlora", "florist", "slora")
 
 def _strategy(strategy: StrategyConfig) -> Iterator[str]:
     for section in OPTIONS_OF:
-        if strategy.name == section:
+        if section in (strategy.name, strategy.slora.then if strategy.name == "slora" else None):
             continue
         node = getattr(strategy, section)
         because = f"when strategy.name is {strategy.name}"
@@ -312,6 +313,22 @@ def _strategy(strategy: StrategyConfig) -> Iterator[str]:
 
 
 def _scaffold(config: Config) -> Iterator[str]:
+def _slora(config: Config) -> Iterator[str]:
+    """Densities go by tier, of which the configuration must say the order."""
+    densities, lora = config.strategy.slora.tier_densities, config.lora
+    if config.strategy.name != "slora" or not densities:
+        return
+    key = "strategy.slora.tier_densities"
+    yield from _unused("strategy.slora", config.strategy.slora, ("density",), f"when {key} is set")
+    if lora.distribution == "by_size" or (lora.distribution is None and not lora.tiers):
+        yield f"{key} must be empty unless lora.tiers or lora.distribution names tiers, got {show(densities)}"
+        return
+    expected = len(lora.tiers) if lora.tiers else 4
+    if len(densities) != expected:
+        whose = "tier of lora.tiers" if lora.tiers else f"type of lora.distribution={lora.distribution}"
+        yield f"{key} must have {expected} values, one for each {whose}, got {show(densities)}"
+
+
     """SCAFFOLD's control variates are sums of plain gradients."""
     if config.strategy.name != "scaffold":
         return

@@ -569,7 +569,16 @@ class SloraConfig(Node):
         gt=0,
         le=1,
     )
-    then: Literal["fedavg", "flexlora"] = key("fedavg", "strategy of the rounds after them")
+    tier_densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = key(
+        (),
+        "instead of density: the share for clients of each tier, in the order of lora.tiers, or of types 1 to 4 with "
+        "lora.distribution (code of arXiv 2402.11505: [0.0012, 0.0246, 0.0822, 0.1222]); the weights of a smaller "
+        "share are among those of every larger one; empty: density for all",
+        "fraction",
+    )
+    then: Literal["fedavg", "flexlora", "hetlora", "hetlora_naive"] = key(
+        "fedavg", "strategy of the rounds after them; strategy.hetlora holds for hetlora here too"
+    )
 
 
 class StrategyConfig(Node):

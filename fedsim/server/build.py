@@ -15,7 +15,7 @@ from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
-from fedsim.config.schema import CohortConfig, Config, TrainingConfig
+from fedsim.config.schema import CohortConfig, Config, StrategyConfig, TrainingConfig
 from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
@@ -179,7 +179,8 @@ def build_federated_strategy(
         max_ranks=tiers.max_ranks,
         seed=config.run.seed,
     )
-    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist", "slora")}
+    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist")}
+    arguments["slora"] = _slora_arguments(chosen, tiers)
     optimizer = aggregation.server_optimizer
     strategy = build_strategy(
         chosen.name,
@@ -205,6 +206,23 @@ def _options(options: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
+def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
+    """Arguments of SLoRA: densities by client, and the arguments of its second stage."""
+    slora = chosen.slora
+    by_tier = slora.tier_densities
+    if tiers.names and tiers.names[0].startswith("type "):  # types without a share have no tier
+        by_tier = (
+            tuple(by_tier[int(name.removeprefix("type ")) - 1] for name in tiers.names) if by_tier else ()
+        )
+    return {
+        "rounds": slora.rounds,
+        "density": slora.density,
+        "client_densities": tuple(by_tier[tier] for tier in tiers.tier_of.tolist()) if by_tier else (),
+        "then": slora.then,
+        "then_arguments": chosen.hetlora.model_dump() if slora.then == "hetlora" else {},
+    }
+
+
     traits = strategy.traits
     if tiers.are_mixed and not traits.mixed_ranks:
         key = "lora.tiers" if config.lora.distribution is None else "lora.distribution"
