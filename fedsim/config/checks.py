@@ -55,6 +55,7 @@ def cross_checks(config: Config) -> None:
     refuse(
         [
             *_cohort(config.cohort, config.data.partition.num_clients),
+            *_published_cohorts(config.cohort, config.run),
             *_data(config.data),
             *_partition(config.data),
             *_model(config.model, config.run),
@@ -98,8 +99,8 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
     )
     if cohort.size is not None and cohort.size > num_clients:
         yield f"cohort.size must be in [1, {limit}], got {cohort.size}"
-    if cohort.sampling == "poisson" and cohort.client_ids is not None:
-        yield "cohort.sampling must be fixed when cohort.client_ids is set, got 'poisson'"
+    if cohort.sampling != "fixed" and cohort.client_ids is not None:
+        yield f"cohort.sampling must be fixed when cohort.client_ids is set, got {show(cohort.sampling)}"
     if cohort.client_ids is not None:
         outside = [client_id for client_id in cohort.client_ids if client_id >= num_clients]
         if outside:
@@ -110,6 +111,16 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
 
 
 def _data(data: DataConfig) -> Iterator[str]:
+def _published_cohorts(cohort: CohortConfig, run: RunConfig) -> Iterator[str]:
+    """That code makes a seed of 32 bits from the round and its own seed (`server.cohort.published_seed`)."""
+    largest = (2**32 - 1) // (20 * max(1, run.rounds - 1)) - 200
+    if cohort.sampling == "flexlora" and run.seed > largest:
+        yield (
+            f"run.seed must be at most {largest} with cohort.sampling=flexlora and run.rounds={run.rounds}, whose "
+            f"seeds have 32 bits, got {run.seed}"
+        )
+
+
     if data.source == EMBEDDED:
         yield from _unused("data", data, UNUSED_BY_EMBEDDED_DATA, "when data.source is embedded")
     if data.test_split is not None:

@@ -378,10 +378,11 @@ class LoraConfig(Node):
 class CohortConfig(Node):
     """Which clients take part in a round. Set one of size, fraction and client_ids."""
 
-    sampling: Literal["fixed", "poisson"] = key(
+    sampling: Literal["fixed", "poisson", "flexlora"] = key(
         "fixed",
         "fixed: exactly so many clients, without replacement; poisson: each client by itself with probability size / "
-        "num_clients, as differential privacy needs it; a round may then be empty",
+        "num_clients, as differential privacy needs it; a round may then be empty; flexlora: as fixed, but the very "
+        "clients that the code of arXiv 2402.11505 draws (its seed is run.seed=42)",
     )
     size: int | None = key(
         8,

@@ -281,7 +281,7 @@ def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     expected = _expected_cohort(config, num_clients)
     if config.sampling == "poisson":
         return CohortPolicy(num_clients, max(1, round(expected)), None, expected / num_clients)
-    return CohortPolicy(num_clients, int(expected))
+    return CohortPolicy(num_clients, int(expected), as_published=config.sampling == "flexlora")
 
 
 def _expected_cohort(config: CohortConfig, num_clients: int) -> float:
