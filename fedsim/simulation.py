@@ -321,6 +321,7 @@ def _reporting(
                             "base": summary.base_parameters,
                             "adapter": summary.adapter.num_parameters,
                         },
+                        "answers": summary.answer_counts(),
                     }
                 )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
@@ -351,8 +352,8 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
-    if run.strategy.traits.has_global_model:
     exported = _exported(config, state, records)
+    if run.strategy.traits.has_global_model:
         adapter = combine(run.strategy.export(exported), exported.base_update)
         _export(config, base, adapter, path / ADAPTER)
         tracker.log_adapter(path / ADAPTER)
