@@ -24,11 +24,13 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
+from fedsim.server.early_stopping import StoppingRule, stopping_figures
 from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import Tiers
 from fedsim.server.turnout import Participation, Turnout
+from fedsim.server.validation import Validation
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
-from fedsim.training.settings import LocalSettings
+from fedsim.training.settings import LocalSettings, at_round
 from fedsim.training.trainer import Trainer
 
 
@@ -71,6 +73,7 @@ class Run:
         cohort: how cohorts are chosen.
         budget: how much a client trains in a round.
         local: how a client trains.
+        lr_phases: first round and factor on the learning rate of `local` from then on, ascending.
         num_packs: packs of a round.
         rounds: rounds of the whole run.
         evaluate_every: rounds between evaluations.
@@ -80,6 +83,8 @@ class Run:
         participation: how reliable clients are, on a simulated clock; None if all report back.
         screening: which updates the server takes; None for all finite ones, which the trainer sees to.
         corruption: updates that arrive broken; None for none.
+        stopping: when to stop before the last round; None for never.
+        validation: the test of the global model before a round on its clients' own examples; None without it.
         watch: is told how the round goes on.
     """
 
@@ -100,16 +105,28 @@ class Run:
     rounds: int
     evaluate_every: int
     seed: int
+    lr_phases: tuple[tuple[int, float], ...] = ()
     privacy: PrivacyAccountant | None = None
     answers: AnswerEvaluation | None = None
     participation: Participation | None = None
     screening: Screening | None = None
     corruption: Corruption | None = None
+    stopping: StoppingRule | None = None
+    validation: Validation | None = None
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
         return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+
+    def is_over(self, state: ServerState) -> bool:
+        """Whether no round is left to be run."""
+        stops = self.stopping is not None and self.stopping.stops(state.best)
+        return stops or state.round_index >= self.rounds
+
+    def local_in(self, round_index: int) -> LocalSettings:
+        """How a client trains in a round."""
+        return at_round(self.local, self.lr_phases, round_index)
 
     def client(self, client_id: int, state: ServerState) -> Client:
         """A client with what was kept for it, on the group's device.
@@ -134,7 +151,7 @@ class RoundReport:
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
-        figures: what the strategy and the privacy accountant say about the round, by metric.
+        figures: what the strategy and the privacy accountant say about the round, and its learning rate, by metric.
         spectra: module -> singular values of the average update, where the strategy knows them.
         turnout: clients that did not report back, and simulated times; None if all report back.
         num_clipped: clients whose update was scaled down.
@@ -169,6 +186,14 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     packs = pack_cohort(jobs, run.num_packs)  # whatever the world size
     mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
 
+    validated: dict[str, float] = {}
+    if run.validation is not None and run.evaluates(round_index):
+        run.watch.phase("validating")
+        cohort = drawn_cohort(run, round_index) if turnout is None else turnout.reporting
+        what = f"validation, round {round_index}"
+        validated = run.validation.measure(run.group, run.strategy.export(state), cohort, what)
+    started = time.perf_counter()
+
     run.watch.phase("training")
     trained = _Trained()
     with all_or_none(run.group, f"local training, round {round_index}"):
@@ -177,7 +202,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("aggregating")
     clients = _with_clock(gather_reports(run.group, trained.updates), turnout)
-    told = run.group.gather_objects((trained_at - began, trained.figures()))
+    told = run.group.gather_objects((trained_at - started, trained.figures()))
     gathering = time.perf_counter()
     aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
     next_state = _with_versions(run, state, aggregated.state, [figures.wrote_state for _, figures in told])
@@ -196,6 +221,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         if run.answers is not None:
             what = f"scoring answers, round {round_index}"
             answers = run.answers.measure(run.group, run.strategy.export(next_state), what)
+    figures = _figures(run, round_index, aggregated) | answers | validated
+    if run.stopping is not None:
+        known = figures if global_test is None else {**figures, "test/loss": global_test.mean}
+        next_state = replace(next_state, best=run.stopping.updated(state.best, known, round_index))
+        figures |= stopping_figures(next_state.best)
     ended = time.perf_counter()
     return next_state, RoundReport(
         round_index=round_index,
@@ -204,15 +234,15 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         num_packs=len(packs),
         global_test=global_test,
         seconds={
-            "train_s": trained_at - began,
+            "train_s": trained_at - started,
             "wait_s": gathering - trained_at,
             "gather_s": gather_s,
             "aggregate_s": aggregated_at - gathering - gather_s,
-            "evaluate_s": ended - aggregated_at,
+            "evaluate_s": ended - aggregated_at + started - began,
             "round_s": ended - began,
         },
         train_seconds_by_rank=tuple(seconds for seconds, _ in told),
-        figures=_figures(run, round_index, aggregated) | answers,
+        figures=figures,
         spectra=aggregated.spectra,
         turnout=turnout,
         num_clipped=sum(figures.num_clipped for _, figures in told),
@@ -221,16 +251,22 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     )
 
 
+def drawn_cohort(run: Run, round_index: int) -> tuple[int, ...]:
+    """The clients drawn for a round, ascending, among those that can be; the same on every rank."""
+    if run.participation is None:
+        return sample_cohort(run.cohort, run.seed, round_index)
+    available = run.participation.available(run.cohort.num_clients, run.seed, round_index)
+    size = math.ceil(run.cohort.size * run.participation.over_selection - 1e-9)
+    return sample_cohort(replace(run.cohort, size=size), run.seed, round_index, available)
+
+
 def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients drawn for a round do; the same on every rank."""
-    policy, available = run.cohort, None
-    if run.participation is not None:
-        available = run.participation.available(policy.num_clients, run.seed, round_index)
-        policy = replace(policy, size=math.ceil(policy.size * run.participation.over_selection - 1e-9))
-    cohort = sample_cohort(policy, run.seed, round_index, available)
+    cohort = drawn_cohort(run, round_index)
+    local = run.local_in(round_index)
     if run.strategy.traits.trains_pool:
-        return pooled_job(cohort, run.data, run.budget, run.local, round_index)
-    return client_jobs(cohort, run.data, run.budget, run.local)
+        return pooled_job(cohort, run.data, run.budget, local, round_index)
+    return client_jobs(cohort, run.data, run.budget, local)
 
 
 def who_reports(
@@ -371,12 +407,13 @@ def _with_versions(
 
 
 def _figures(run: Run, round_index: int, aggregated: Aggregated) -> dict[str, float]:
-    """Means over modules of what the strategy says, and the privacy spent."""
+    """Means over modules of what the strategy says, the peak learning rate, and the privacy spent."""
     names = dict.fromkeys(name for figures in aggregated.by_module.values() for name in figures)
     means = {}
     for name in names:
         values = [figures[name] for figures in aggregated.by_module.values() if name in figures]
         means[name] = math.fsum(values) / len(values)
+    means["train/lr"] = run.local_in(round_index).optimizer.lr
     if run.privacy is not None:
         means["privacy/epsilon"] = run.privacy.epsilon(round_index + 1)
     return means

@@ -51,6 +51,10 @@ REFUSED = [
         "clients.over_selection must be 1 unless a fixed number of clients is drawn",
     ),
     (
+        ["clients.availability=0.9", "cohort.sampling=flexlora"],
+        "clients.availability must stay at its default 1.0 with cohort.sampling=flexlora, whose cohorts are those",
+    ),
+    (
         ["clients.outages=[{from_round: 3, until_round: 3}]"],
         "clients.outages[0].until_round must be above from_round=3, got 3",
     ),

@@ -32,7 +32,7 @@ def state(round_index: int) -> ServerState:
         {"client/000003": adapter(99, torch.float64)},
         adapter(round_index + 50),
         {3: 1, 70000: 2},
-        12.75,
+        simulated_s=12.75,
     )
 
 
