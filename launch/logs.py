@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments))
     runs = list(dict.fromkeys(run for target in find_targets(options.folders) for run in target.runs))
-    logs = find_logs(runs)
+    logs = find_logs(runs, options.all)
     if not logs and not options.follow:
         raise RunFolderError(
             f"{', '.join(str(run) for run in runs[:3])} has no log yet; a job that waits has written none"
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     sys.stdout.flush()
     if options.follow:
         try:
-            for text in follow(lambda: find_logs(runs), lambda: time.sleep(POLL_S)):
+            for text in follow(lambda: find_logs(runs, options.all), lambda: time.sleep(POLL_S)):
                 sys.stdout.write(text)
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -41,15 +41,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def find_logs(runs: Sequence[Path]) -> list[Path]:
-    """Outputs of the jobs of these runs, and what their processes wrote; the newest last."""
+def find_logs(runs: Sequence[Path], every: bool = True) -> list[Path]:
+    """Outputs of the jobs of these runs, and what each process wrote; the newest last.
+
+    Args:
+        runs: run folders.
+        every: also what the processes of a run wrote that has a job's output; most of that stands there too.
+    """
     paths: set[Path] = set()
     for run in runs:
-        paths |= {Path(log) for submission in records.read_submissions(run) for log in submission.logs}
-        paths |= {path for path in (run / "logs").rglob("*") if path.is_file()}
-    return sorted(
-        (path for path in paths if path.is_file()), key=lambda path: (path.stat().st_mtime_ns, path)
-    )
+        logs = {Path(log) for submission in records.read_submissions(run) for log in submission.logs}
+        outputs = {log for log in logs if log.is_file()}
+        paths |= outputs
+        if every or not outputs:
+            paths |= {path for path in (run / "logs").rglob("*") if path.is_file()}
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path))
 
 
 def tail(path: Path, lines: int) -> str:
@@ -95,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="+", metavar="FOLDER", help="of a run, of a sweep, or one that holds them"
     )
     parser.add_argument("--lines", type=positive, default=40, metavar="N", help="of each log; default: 40")
-    parser.add_argument("--all", action="store_true", help="all logs, the newest last")
+    parser.add_argument(
+        "--all", action="store_true", help="all logs, those of single processes too; the newest last"
+    )
     parser.add_argument("--follow", action="store_true", help="go on with what is written, until interrupted")
     return parser

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import yaml
 from filelock import FileLock
 
 from fedsim.config.loader import load_config, to_yaml
+from fedsim.errors import RunFolderError
+from fedsim.tracking.run_folder import check_new_folder
 from launch import records
 from launch.__main__ import main
 from launch.logs import find_logs, follow, tail
@@ -77,12 +80,18 @@ def test_what_was_submitted_may_start_in_its_folder(
     cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The folder holds the launcher's files by then, and no config.yaml of its own."""
+    (cluster.runs / "mine").mkdir(parents=True)
+    (cluster.runs / "mine" / "stop").touch()
     main(["submit", *arguments(cluster)])
     capsys.readouterr()
 
     assert main(["check", "--fields", str(cluster.runs / "mine" / "slurm" / "0001" / "config.yaml")]) == 0
     fields = capsys.readouterr().out.split("\0")
     assert fields[:4] == ["fedsim-check", str(cluster.runs / "mine"), "ready", "1"]
+    check_new_folder(cluster.runs / "mine")
+    (cluster.runs / "mine" / "notes").touch()
+    with pytest.raises(RunFolderError, match="holds notes"):
+        check_new_folder(cluster.runs / "mine")
 
 
 def test_a_chain_is_so_many_jobs_each_after_the_one_before(cluster: Cluster) -> None:
@@ -386,15 +395,16 @@ class TestLogs:
         assert main(["logs", str(run)]) == 2
         assert "has no log yet" in capsys.readouterr().err
         (run / "logs" / "rank_1.log").write_text("peer\n")
+        assert main(["logs", str(run)]) == 0
+        assert capsys.readouterr().out == f"==> {run}/logs/rank_1.log <==\npeer\n"
         (run / "logs" / "101.out").write_text("".join(f"line {number}\n" for number in range(100)))
+        os.utime(run / "logs" / "101.out", (1, 1))
 
         assert main(["logs", str(run), "--lines", "2"]) == 0
         assert capsys.readouterr().out == f"==> {run}/logs/101.out <==\nline 98\nline 99\n"
         assert main(["logs", str(run), "--lines", "1", "--all"]) == 0
-        assert (
-            capsys.readouterr().out
-            == f"==> {run}/logs/rank_1.log <==\npeer\n==> {run}/logs/101.out <==\nline 99\n"
-        )
+        job, peer = f"==> {run}/logs/101.out <==\nline 99\n", f"==> {run}/logs/rank_1.log <==\npeer\n"
+        assert capsys.readouterr().out == job + peer
 
     def test_what_is_written_later_follows(self, cluster: Cluster) -> None:
         run = self.run(cluster)
