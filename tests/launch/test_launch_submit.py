@@ -256,11 +256,13 @@ class TestFolder:
 
     def test_with_a_job(self, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
         main(["submit", *arguments(cluster)])
-        cluster.queue("101|PENDING|(Priority)", "999|RUNNING|n1")
+        leave_run(cluster.runs / "mine", "running", rounds=1)
+        cluster.queue("101|RUNNING|n1", "999|RUNNING|n1")
 
-        assert main(["submit", *arguments(cluster)]) == 2
+        with FileLock(cluster.runs / "mine" / "run.lock"):
+            assert main(["submit", *arguments(cluster)]) == 2
         assert (
-            "has a job already: 101 (PENDING); wait for it, or `python -m launch cancel"
+            "has a job already: 101 (RUNNING); wait for it, or `python -m launch cancel"
             in capsys.readouterr().err
         )
         assert cluster.calls("squeue") == ["[--noheader][--array][--jobs=101][--format=%i|%T|%R]"]
