@@ -51,6 +51,28 @@ class NoWatch:
         """Do nothing."""
 
 
+class RoundInputs(Protocol):
+    """What decides who trains on what in each round; a `Run` is one."""
+
+    @property
+    def data(self) -> FederatedData: ...  # noqa: D102
+
+    @property
+    def strategy(self) -> Strategy: ...  # noqa: D102
+
+    @property
+    def cohort(self) -> CohortPolicy: ...  # noqa: D102
+
+    @property
+    def budget(self) -> LocalBudget: ...  # noqa: D102
+
+    @property
+    def local(self) -> LocalSettings: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a round needs besides the server's state. The same on every rank but for the group's rank.
@@ -199,7 +221,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     )
 
 
-def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
+def round_jobs(run: RoundInputs, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients of a round do; the same on every rank."""
     cohort = sample_cohort(run.cohort, run.seed, round_index)
     if run.strategy.traits.trains_pool:
