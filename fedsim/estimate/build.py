@@ -25,6 +25,7 @@ from fedsim.lora.state import ServerState
 from fedsim.models.base import choose_dtype
 from fedsim.models.cpu_linear import choose_cpu_linear
 from fedsim.models.description import build_empty_base
+from fedsim.models.packing import HAS_VARLEN
 from fedsim.models.stacked import DENSE_ROWS_AT_LEAST, DENSE_SHARE
 from fedsim.server.build import build_local_training, build_tests, sample_examples
 from fedsim.server.engine import MAX_TOKENS
@@ -80,7 +81,8 @@ def build_estimate(
     """
     dtype = choose_dtype(config.model.dtype, torch.device(device.kind))
     targets = {module: (f.A.shape[1], f.B.shape[0]) for module, f in summary.adapter.items()}
-    costs, problem = _costs(config, dtype, targets)
+    varlen = device.kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and HAS_VARLEN
+    costs, problem = _costs(config, dtype, targets, copies_attention=not varlen)
     padded = config.training.trainer == "sequential" or problem is not None
     plans = _plans(summary)
     workload = _workload(config, summary, device, targets, padded, _shares_start(summary, plans))
@@ -166,12 +168,12 @@ def _answer_batches(config: Config, summary: RunSummary) -> tuple[tuple[int, int
 
 
 def _costs(
-    config: Config, dtype: torch.dtype, targets: Mapping[str, tuple[int, int]]
+    config: Config, dtype: torch.dtype, targets: Mapping[str, tuple[int, int]], copies_attention: bool
 ) -> tuple[ModelCosts, str | None]:
     """Costs of the base, and why clients of a pack cannot train together; None if they can."""
     model: Any = build_empty_base(config.model).to(dtype).eval().requires_grad_(False)
     try:
-        return trace_model(model, targets), None
+        return trace_model(model, targets, copies_attention), None
     except ModelError as error:
         return rough_costs(build_empty_base(config.model).to(dtype), targets), str(error)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:

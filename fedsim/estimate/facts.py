@@ -295,18 +295,15 @@ class Facts:
 
     def times(self, probed: Probed | None, traffic: Sequence[Traffic]) -> Times | None:
         """Expected seconds; None without a rate."""
+        measured = probed is not None
+        probed = probed or self._from_data_sheet(traffic)
         if probed is None:
-            probed = self._from_data_sheet(traffic)
-            measured = False
-            if probed is None:
-                return None
-        else:
-            measured = True
+            return None
         train = [max(self._train_s(rank, probed, False) for rank in load.ranks) for load in self.loads]
         with_tests = [max(self._train_s(rank, probed, True) for rank in load.ranks) for load in self.loads]
-        shares = [-(-len(self.settings.answer_batches) // self.device.world_size) * probed.answers_s]
+        answers_s = -(-len(self.settings.answer_batches) // self.device.world_size) * probed.answers_s
         tests = [
-            max(self._seconds(probed.test, rank.global_test, False) for rank in load.ranks) + shares[0]
+            max(self._seconds(probed.test, rank.global_test, False) for rank in load.ranks) + answers_s
             for load in self.loads
         ]
         sampled = np.array([load.round_index for load in self.loads])
@@ -316,7 +313,7 @@ class Facts:
             tested = self.workload.evaluates(index)
             rounds.append((with_tests[near] + tests[near] if tested else train[near]) + probed.server_s)
         num_tested = sum(self.workload.evaluates(index) for index in range(self.workload.rounds))
-        first_test = tests[0] - shares[0] if self.workload.strategy.traits.has_global_model else 0.0
+        first_test = tests[0] - answers_s if self.workload.strategy.traits.has_global_model else 0.0
         share = num_tested / self.workload.rounds
         return Times(
             measured=measured,

@@ -74,12 +74,16 @@ class ModelCosts:
     target_bytes: int
 
 
-def trace_model(model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> ModelCosts:
+def trace_model(
+    model: nn.Module, targets: Mapping[str, tuple[int, int]], copies_attention: bool = True
+) -> ModelCosts:
     """Follow a training step of the packed engine through a model without weights.
 
     Args:
         model: on the meta device, in the dtype of the run; its modules and attention are changed and put back.
         targets: dotted module path -> (in features, out features), in model order.
+        copies_attention: queries, keys and values are copied into buckets of equal length, as in float32 and on CPUs;
+            else a kernel for sequences of different lengths takes them as they are.
 
     Raises:
         ModelError: the model cannot be packed.
@@ -88,7 +92,7 @@ def trace_model(model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> Mod
     facts = _weights(model, targets)
     stacked = StackedModel(model, targets, _META)
     try:
-        attention, saved, counts = _run(stacked)
+        attention, saved, counts = _run(stacked, copies_attention)
     finally:
         stacked.attach(None)
         stacked.unwrap()
@@ -183,6 +187,7 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 class _Attention:
     """Adds up H D of all attention modules: in the forward pass, in the backward pass, and of keys and values."""
 
+    copies: bool
     width: int = 0
     backward_width: int = 0
     cached_width: int = 0
@@ -226,14 +231,14 @@ class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _run(stacked: StackedModel) -> tuple[_Attention, _Saved, _Counts]:
+def _run(stacked: StackedModel, copies_attention: bool) -> tuple[_Attention, _Saved, _Counts]:
     """One row of one client, forward and backward; the output head is left out."""
     rows = RankRows(stacked.targets, [TRACED_RANK], torch.float32, _META)
     stacked.attach(rows)
     product = TiledProduct((Tile(slice(0, TRACED_TOKENS), slice(0, TRACED_RANK), 1.0),))
     plan = StepPlan(dict.fromkeys(stacked.targets, product))
     ids = torch.zeros(1, TRACED_TOKENS, dtype=torch.int64, device=_META)
-    attention = _Attention()
+    attention = _Attention(copies_attention)
     _register(attention)
     stacked.model.set_attn_implementation(ATTENTION)
     saved = _Saved({tensor.untyped_storage()._cdata for tensor in stacked.model.parameters()})
@@ -245,10 +250,11 @@ def _run(stacked: StackedModel) -> tuple[_Attention, _Saved, _Counts]:
         forward_operations = operations.num_operations
         with backward:
             states.backward(torch.empty_like(states))  # type: ignore[no-untyped-call]
+    # the adapters' own; in the backward pass torch's counter leaves products that add in place out
     own = 2.0 * TRACED_TOKENS * TRACED_RANK * sum(i + o for i, o in stacked.targets.values())
     counts = _Counts(
         forward.get_total_flops() - own,
-        max(0.0, backward.get_total_flops() - 2.0 * own),
+        max(0.0, backward.get_total_flops() - own),
         operations.num_operations,
         forward_operations,
     )
@@ -280,15 +286,18 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counted: _Attention) -> Tensor:
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         sums = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
+        # what is copied has the heads of the queries, and the output is copied back
+        kept = (query.new_empty(3, *query.shape),) if counted.copies else (query, key, value)
+        ctx.save_for_backward(*kept, out, sums)
+        ctx.shapes = query.shape, key.shape, value.shape
         ctx.counted = counted
-        return out
+        return torch.empty_like(out) if counted.copies else out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # noqa: ARG004
-        query, key, value, _, _ = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = (gradients[0].new_empty(shape) for shape in ctx.shapes)
         ctx.counted.backward_width += query.shape[1] * query.shape[3]
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+        return query, key, value, None
 
 
 def _bytes(tensor: Tensor) -> int:

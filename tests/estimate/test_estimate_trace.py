@@ -154,7 +154,8 @@ def test_training_operations_equal_those_of_a_real_row(name: str) -> None:
 
     flops = work_flops(costs_of(name), work_of(packed), width(rows), trains=True)
 
-    assert products == pytest.approx(flops.base + flops.adapters, rel=0.02)
+    # of an adapter's six products torch's counter leaves out the two that add into the gradients in place
+    assert products == pytest.approx(flops.base + flops.adapters * 4 / 6, rel=0.01)
     # a count that adds gradients of the frozen weights would be half as much again
     assert products < 1.5 * flops.base * 0.95
 
@@ -177,8 +178,24 @@ def test_kept_activations_equal_those_of_a_real_row(name: str) -> None:
 
     expected = costs_of(name).saved_bytes * packed.input_ids.numel()
 
-    # this CPU's attention keeps a padded copy of queries, keys and values, grouped heads repeated
-    assert sum(kept.values()) == pytest.approx(expected, rel=0.15)
+    # the row's adapter is wider than the one that is followed
+    assert sum(kept.values()) == pytest.approx(expected, rel=0.03)
+
+
+def test_attention_without_copies_keeps_what_the_model_made() -> None:
+    """A fused projection stays whole for the sake of the values in it; grouped heads are not repeated."""
+    model = on_meta(neox)
+    targets = find_targets(model, ["query_key_value"])
+    fused = trace_model(model, targets, copies_attention=False).saved_bytes
+    copied = trace_model(model, targets, copies_attention=True).saved_bytes
+    grouped = on_meta(llama)
+    llama_targets = find_targets(grouped, ["q_proj", "v_proj"])
+
+    assert fused > copied
+    assert (
+        trace_model(grouped, llama_targets, copies_attention=False).saved_bytes
+        < trace_model(grouped, llama_targets, copies_attention=True).saved_bytes
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

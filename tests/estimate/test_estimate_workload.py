@@ -1,5 +1,6 @@
 """What rounds amount to, against what the real engine and real processes do."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def settings(accumulation: int = 1) -> LocalSettings:
 def jobs(store: Any, accumulation: int = 1) -> tuple[ClientJob, ...]:
     starts = np.cumsum((0, *EXAMPLES))
     made = []
-    for client, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for client, (start, end) in enumerate(pairwise(starts.tolist())):
         examples = np.arange(start, end, dtype=np.int64)
         tokens = int(store.num_tokens[examples].sum())
         labels = int(store.num_label_tokens[examples].sum())
@@ -71,13 +72,19 @@ class _Tiers:
 def workload(store: Any, limits: Limits) -> Workload:
     """Only what `pack_work` reads."""
     untyped: Any = Workload.__new__(Workload)
-    for name, value in {"data": type("Data", (), {"train": store}), "tiers": _Tiers(), "limits": limits}.items():
+    for name, value in {
+        "data": type("Data", (), {"train": store}),
+        "tiers": _Tiers(),
+        "limits": limits,
+    }.items():
         object.__setattr__(untyped, name, value)
     made: Workload = untyped
     return made
 
 
-def real_work(store: Any, pack: Pack, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> tuple[Work, list[int]]:
+def real_work(
+    store: Any, pack: Pack, limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Work, list[int]]:
     """What the engine puts through the base when it trains the pack, and the rank rows that it holds."""
     seen: list[PackedTokens] = []
     steps: list[int] = []
@@ -104,7 +111,12 @@ def real_work(store: Any, pack: Pack, limits: Limits, monkeypatch: pytest.Monkey
     width = sum(i + o for i, o in targets.values())
     monkeypatch.setitem(packed_module.MAX_ROW_VALUES, "cpu", limits.max_rows * width)
     trainer = PackedTrainer(
-        StackedModel(model, targets, torch.device("cpu")), store, limits.max_slots, limits.max_tokens, False, 0
+        StackedModel(model, targets, torch.device("cpu")),
+        store,
+        limits.max_slots,
+        limits.max_tokens,
+        False,
+        0,
     )
     plans = [
         ClientPlan(
@@ -114,7 +126,9 @@ def real_work(store: Any, pack: Pack, limits: Limits, monkeypatch: pytest.Monkey
     ]
     trainer.train(pack, plans, round_index=1)
     sizes = [packed.input_ids.numel() for packed in seen]
-    squares = sum(int((np.diff(packed.layout.boundaries.numpy()).astype(np.int64) ** 2).sum()) for packed in seen)
+    squares = sum(
+        int((np.diff(packed.layout.boundaries.numpy()).astype(np.int64) ** 2).sum()) for packed in seen
+    )
     labels = sum(packed.label_rows.numel() for packed in seen)
     return Work(len(seen), len(steps), sum(sizes), labels, squares, 0, max(sizes)), held
 
@@ -186,10 +200,10 @@ class _WatchedScorer(CountingScorer):
 
 @pytest.mark.parametrize("shares_start", [True, False])
 def test_an_adapter_that_all_start_from_is_tested_once(shares_start: bool) -> None:
-    store = make_store(random_texts(20))
+    store = make_store(random_texts(STORE_TEXTS))
     scorer = _WatchedScorer()
     classes = np.zeros(len(store), dtype=np.int64)
-    test = CommonTest(LossEvaluator(scorer, store, classes, 1, np.arange(20), 10_000))
+    test = CommonTest(LossEvaluator(scorer, store, classes, 1, np.arange(STORE_TEXTS), 10_000))
     made: Any = workload(store, Limits(8, 100, 100, 32))
     one_tier = {"m": 2}
     made_tiers = type("Tiers", (), {"lora_ranks": staticmethod(lambda *_: one_tier)})
@@ -281,5 +295,3 @@ def test_slots_that_are_planned_decide_the_memory() -> None:
 
     assert (few.num_slots, many.num_slots) == (2, 5)
     assert slots(many) * few.rank_rows == slots(few) * many.rank_rows
-
-
