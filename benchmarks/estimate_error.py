@@ -7,6 +7,8 @@ temporary folder; nothing is downloaded. A table for people comes first, one JSO
 
     round s     mean wall time of a round: predicted, measured (median over rounds is shown in the JSON line), error
     run s       wall time of the program from start to end, the same way
+    CPU s       seconds of a core for all rounds, start-up taken off: what neighbours on the machine change least; one
+                process only
     memory MiB  largest resident size of a process: predicted by the model alone, measured, error
     work        label tokens of all rounds, which must agree exactly
 
@@ -96,7 +98,7 @@ def _save(folder: Path, model: Any, config: Any) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path] | None, list[str]]] = {
-    "quickstart": (None, ["run.rounds=5"]),
+    "quickstart": (None, ["run.rounds=3"]),
     "llama": (
         llama_folder,
         [
@@ -145,8 +147,10 @@ def main() -> int:
     options = parser.parse_args()
 
     hardware = describe_environment(options.processes, sys.argv)["hardware"]
-    print(f"{hardware['cpu']}, {hardware['cpu_cores']} cores; processes: {options.processes}, of one thread\n")
-    print(f"{'case':<12}{'round s':>26}{'run s':>26}{'memory MiB':>28}  work")
+    print(
+        f"{hardware['cpu']}, {hardware['cpu_cores']} cores; processes: {options.processes}, of one thread\n"
+    )
+    print(f"{'case':<12}{'round s':>26}{'run s':>26}{'CPU s':>26}{'memory MiB':>28}  work")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for case in options.cases:
@@ -167,7 +171,7 @@ def _measure(name: str, keys: Sequence[str], folder: Path, processes: int) -> di
     _run(processes, [*given, "--estimate", "--probe", "--json", str(written)])
     told = json.loads(written.read_text(encoding="utf-8"))
     between = os.getloadavg()[0]
-    seconds, peak_bytes = _run(processes, given)
+    seconds, cpu_s, peak_bytes = _run(processes, given)
     text = (folder / name / "metrics.jsonl").read_text(encoding="utf-8")
     rounds = [json.loads(line) for line in text.splitlines()]
     round_s = [one["time/round_s"] for one in rounds]
@@ -176,6 +180,7 @@ def _measure(name: str, keys: Sequence[str], folder: Path, processes: int) -> di
         "round_s": [told["time"]["round_mean_s"], statistics.fmean(round_s)],
         "round_median_s": statistics.median(round_s),
         "run_s": [told["time"]["total_s"], seconds],
+        "cpu_s": [_cpu_seconds(told["time"], len(rounds)), cpu_s - told["time"]["loaded_cpu_s"]],
         "memory_bytes": [told["memory"]["peak_bytes"], peak_bytes],
         "probe_bytes": told["memory"]["measured_bytes"],
         "train_s": [
@@ -194,8 +199,15 @@ def _measure(name: str, keys: Sequence[str], folder: Path, processes: int) -> di
     }
 
 
-def _run(processes: int, arguments: Sequence[str]) -> tuple[float, int]:
-    """Seconds and largest resident size of the program, of any of its processes."""
+def _cpu_seconds(told: dict[str, Any], num_rounds: int) -> float:
+    """Seconds of a core for the rounds and the test before them, as predicted."""
+    wall_s: float = told["round_mean_s"] * num_rounds + told["test_s"]
+    share: float = told["cpu_share"]
+    return wall_s * share
+
+
+def _run(processes: int, arguments: Sequence[str]) -> tuple[float, float, int]:
+    """Seconds, seconds of a core, and largest resident size of the program, of any of its processes."""
     start = [
         "-m",
         "torch.distributed.run",
@@ -221,7 +233,7 @@ def _run(processes: int, arguments: Sequence[str]) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         sys.exit(f"{' '.join(arguments)} failed:\n{errors}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
 
 
 def _line(case: str, row: dict[str, Any]) -> str:
@@ -231,7 +243,8 @@ def _line(case: str, row: dict[str, Any]) -> str:
 
     mib = [number / 2**20 for number in row["memory_bytes"]]
     work = "equal" if row["tokens"][0] == row["tokens"][1] else "DIFFERS: {} and {}".format(*row["tokens"])
-    return f"{case:<12}{pair(row['round_s'], 2):>26}{pair(row['run_s'], 1):>26}{pair(mib, 0):>28}  {work}"
+    texts = [pair(row["round_s"], 2), pair(row["run_s"], 1), pair(row["cpu_s"], 1)]
+    return f"{case:<12}{''.join(f'{text:>26}' for text in texts)}{pair(mib, 0):>28}  {work}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ ROW_SHARE = 4
 """A packed row with less than one over so much of its limit leaves a GPU with little to do at once."""
 
 
+BUSY_SHARE = 0.8
+"""Share of a core below which a probe was not alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What was asked for.
@@ -44,6 +48,7 @@ def advise(
         *_processes(plan, facts, amounts),
         *_device(facts, slots, amounts),
         *_tests(facts, times),
+        *_neighbours(facts, times),
     ]
 
 
@@ -123,6 +128,15 @@ def _tests(facts: Facts, times: Times | None) -> list[str]:
     return [
         "tests take more than half of a round; raise evaluation.every_rounds, or lower "
         "evaluation.max_client_test_examples or evaluation.max_test_examples"
+    ]
+
+
+def _neighbours(facts: Facts, times: Times | None) -> list[str]:
+    if times is None or facts.device.kind != "cpu" or times.cpu_share >= BUSY_SHARE:
+        return []
+    return [
+        f"the probe had {times.cpu_share:.0%} of a core, so others compute on this machine; on an idle one the run is "
+        "faster"
     ]
 
 

@@ -323,6 +323,8 @@ class Facts:
             test_s=float(np.mean(tests)),
             record_s=probed.record_s,
             start_s=probed.loaded_s + first_test,
+            loaded_cpu_s=probed.loaded_cpu_s,
+            cpu_share=probed.cpu_share,
         )
 
     def _train_s(self, rank: RankLoad, probed: Probed, tested: bool) -> float:
@@ -351,6 +353,8 @@ class Facts:
             answers_s=token_s * (self.settings.max_new_tokens if self.settings.generated else 1),
             record_s=0.0,
             loaded_s=process_age_s() + self.costs.parameter_bytes / LOAD_BYTES_PER_S,
+            loaded_cpu_s=0.0,
+            cpu_share=1.0,
             peak_bytes=0,
         )
 

@@ -51,6 +51,9 @@ class Probed:
         answers_s: a batch of the test of answers; 0 without one.
         record_s: writing a checkpoint.
         loaded_s: from the start of the program until the run was built.
+        loaded_cpu_s: seconds of that in which the process computed.
+        cpu_share: seconds that the process computed, all its threads together, per second that was timed; on a GPU it
+            says little.
         peak_bytes: most memory at any time: of the GPU that was allocated, or of the process.
     """
 
@@ -60,6 +63,8 @@ class Probed:
     answers_s: float
     record_s: float
     loaded_s: float
+    loaded_cpu_s: float
+    cpu_share: float
     peak_bytes: int
 
 
@@ -75,7 +80,7 @@ def build_probe(
     base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
     with all_or_none(group, "setting up the run"):
         run = build_run(config, group, base, summary.data, summary.tiers, summary.strategy)
-    loaded_s = process_age_s()
+    loaded_s, loaded_cpu_s = process_age_s(), time.process_time()
     if group.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(group.device)
     dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -89,7 +94,17 @@ def build_probe(
     peak_bytes = (
         torch.cuda.max_memory_allocated(group.device) if group.device.type == "cuda" else peak_process_bytes()
     )
-    mine = Probed(train, test, server_s, answers_s, record_s, loaded_s, peak_bytes)
+    mine = Probed(
+        train,
+        test,
+        server_s,
+        answers_s,
+        record_s,
+        loaded_s,
+        loaded_cpu_s,
+        probe.cpu_s / probe.wall_s,
+        peak_bytes,
+    )
     return _slowest(group.gather_objects(mine))
 
 
@@ -106,13 +121,19 @@ def peak_process_bytes() -> int:
 
 
 def _slowest(measured: Sequence[Probed]) -> Probed:
+    def slower(rate: Rate) -> tuple[float, float]:
+        return rate.seconds_per_flop, rate.seconds_per_pass
+
     return Probed(
-        max((one.train for one in measured), key=lambda rate: (rate.seconds_per_flop, rate.seconds_per_pass)),
-        max((one.test for one in measured), key=lambda rate: (rate.seconds_per_flop, rate.seconds_per_pass)),
-        *(
-            max(getattr(one, name) for one in measured)
-            for name in ("server_s", "answers_s", "record_s", "loaded_s", "peak_bytes")
-        ),
+        train=max((one.train for one in measured), key=slower),
+        test=max((one.test for one in measured), key=slower),
+        server_s=max(one.server_s for one in measured),
+        answers_s=max(one.answers_s for one in measured),
+        record_s=max(one.record_s for one in measured),
+        loaded_s=max(one.loaded_s for one in measured),
+        loaded_cpu_s=max(one.loaded_cpu_s for one in measured),
+        cpu_share=min(one.cpu_share for one in measured),
+        peak_bytes=max(one.peak_bytes for one in measured),
     )
 
 
@@ -124,6 +145,7 @@ class _Probe:
         self.state = state
         self.workload = workload
         self.flops = flops
+        self.wall_s = self.cpu_s = 0.0
         self.round_index, self.packs = next(
             ((index, packs) for index in range(run.rounds) if (packs := workload.packs(index))), (0, ())
         )
@@ -252,10 +274,13 @@ class _Probe:
 
     def _timed(self, work: Callable[[], object]) -> float:
         self._wait()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         work()
         self._wait()
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.wall_s += seconds
+        self.cpu_s += time.process_time() - began_cpu
+        return seconds
 
     def _wait(self) -> None:
         if self.run.group.device.type == "cuda":

@@ -84,6 +84,8 @@ class Times:
         test_s: global test of a round that has one, answers included.
         record_s: writing a round down.
         start_s: from the start of the program to the first round, the test before it included.
+        loaded_cpu_s: of that, without the test, what a process computed, in seconds of a core; 0 without a probe.
+        cpu_share: cores that the probe had to itself on average; 1 without a probe.
     """
 
     measured: bool
@@ -93,6 +95,8 @@ class Times:
     test_s: float
     record_s: float
     start_s: float
+    loaded_cpu_s: float
+    cpu_share: float
 
     @property
     def mean_s(self) -> float:
@@ -194,6 +198,8 @@ class Estimate:
                 "test_s": times.test_s,
                 "record_s": times.record_s,
                 "start_s": times.start_s,
+                "loaded_cpu_s": times.loaded_cpu_s,
+                "cpu_share": times.cpu_share,
                 "total_s": times.total_s,
                 "process_hours": times.total_s * self.world_size / HOUR,
                 "ask_s": times.ask_s,

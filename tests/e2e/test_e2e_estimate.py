@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedsim.estimate.devices import USABLE_SHARE, Gpu
 from tests.helpers import random_texts
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -138,19 +139,32 @@ def test_a_machine_one_is_not_on_can_be_planned_for(program: Any) -> None:
     assert any("processes never train" in line for line in told["advice"])
 
 
-def test_memory_that_does_not_fit_comes_with_a_remedy(program: Any) -> None:
-    told = estimated(
-        program,
-        "--gpu",
-        "t4",
-        "training.pack.max_tokens=1000000",
-        "model.dtype=bfloat16",
-        "training.batch_size=100",
-        "training.pack.max_slots=64",
-    )
+def small_gpu(num_bytes: float) -> Gpu:
+    return Gpu("Small", int(num_bytes / USABLE_SHARE), 1e13, 1e12, 1e11, has_bfloat16=False)
 
-    assert told["slots"]["fitting"] > 0
-    assert any("no bfloat16" in line for line in told["advice"])
+
+def test_memory_that_does_not_fit_comes_with_a_remedy(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = ["evaluation.client_test=off", "evaluation.max_test_examples=1", "lora.rank=16"]
+    memory = estimated(program, "--gpu", "t4", *extra)["memory"]
+    resident = sum(memory["resident"].values())
+    assert memory["peak_phase"] == "training"
+    half = (resident + memory["peak_bytes"]) / 2
+
+    monkeypatch.setattr("fedsim.estimate.devices.GPUS", (small_gpu(half),))
+    too_small = estimated(program, "--gpu", "small", *extra)
+    monkeypatch.setattr("fedsim.estimate.devices.GPUS", (small_gpu(memory["peak_bytes"] + 100),))
+    enough = estimated(program, "--gpu", "small", *extra)
+    monkeypatch.setattr("fedsim.estimate.devices.GPUS", (small_gpu(resident - 100),))
+    hopeless = estimated(program, "--gpu", "small", *extra)
+
+    [line] = [line for line in too_small["advice"] if "does not fit" in line]
+    assert "in training; try" in line
+    assert "training.gradient_checkpointing=true" in line
+    assert too_small["slots"]["fitting"] < too_small["slots"]["planned"]
+    assert not any("does not fit" in line for line in enough["advice"])
+    assert enough["slots"]["fitting"] >= enough["slots"]["planned"]
+    assert any("stay whatever the settings" in line for line in hopeless["advice"])
+    assert any("no bfloat16" in line for line in enough["advice"])
 
 
 @pytest.mark.parametrize(
