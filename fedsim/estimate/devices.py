@@ -20,6 +20,11 @@ USABLE_SHARE = 0.92
 """Share of a GPU's memory that may be planned with; the rest is lost to the allocator's fragments."""
 
 
+ALLOCATOR_FACTOR = {"cuda": 1.0, "cpu": 2.2}
+"""Memory that a phase of a round takes, per byte that is in use at its height. Each packed row has its own length, and
+a CPU's allocator keeps what was freed in pieces of other sizes. Fitted to runs, where it was 2.0, 2.3 and once 5
+(docs/log.md). For GPUs see `USABLE_SHARE`."""
+
 LOAD_BYTES_PER_S = 5e8
 """Rate at which a base is assumed to be read and moved where nothing was measured."""
 

@@ -12,6 +12,7 @@ import torch
 
 from fedsim.estimate.devices import (
     ACHIEVED_SHARE,
+    ALLOCATOR_FACTOR,
     CONTEXT_BYTES,
     EXCHANGE_BYTES_PER_S,
     LOAD_BYTES_PER_S,
@@ -170,7 +171,13 @@ class Facts:
                 self.half,
                 self.settings.generated,
             )
-        return Memory(self._resident(rss), phases)
+        return Memory(
+            self._resident(rss), {name: self._with_allocator(phase) for name, phase in phases.items()}
+        )
+
+    def _with_allocator(self, phase: Phase) -> Phase:
+        kept = int((ALLOCATOR_FACTOR[self.device.kind] - 1.0) * phase.num_bytes)
+        return Phase({**phase.parts, "kept by the allocator": kept})
 
     def _training(self, rank_rows: int, row_tokens: int) -> Phase:
         phase = training(
@@ -238,7 +245,7 @@ class Facts:
         rank_rows, row_tokens = self._largest.rank_rows, self._most_tokens
         fitting = fitting_tokens = None
         if self.device.capacity is not None:
-            free = self.device.usable - memory.resident_bytes
+            free = (self.device.usable - memory.resident_bytes) / ALLOCATOR_FACTOR[self.device.kind]
             phase = self._training(0, row_tokens)
             buffers = self._term_buffers()
             per_slot = max(self.adapter[module].rank for module in self.targets)
