@@ -15,10 +15,11 @@ from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
-from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
+from fedsim.config.loader import SAFE_KEYS, EstimateOptions, to_tree, to_yaml
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
 from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError
+from fedsim.estimate.build import build_device, build_estimate
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.lowrank import combine
 from fedsim.lora.payload import pickled_payload_mib
@@ -76,6 +77,21 @@ def dry_run(config: Config, group: Group) -> str:
         if group.rank == 0:
             check_new_folder(_folder_path(config))
     return "\n".join(summary.lines())
+
+
+def estimate(config: Config, group: Group, options: EstimateOptions) -> str:
+    """Say what the run would cost, with weights only for a probe; nothing is written but `options.json_path`.
+
+    Raises:
+        PeerError, FedsimError: the run would fail, or the options contradict it.
+    """
+    device = build_device(config, group, options.gpu, options.processes, options.probe)
+    summary, _ = _prepare_data(config, group)
+    estimated = build_estimate(config, group, summary, device, options.probe)
+    with all_or_none(group, "writing the estimate"):
+        if group.rank == 0 and options.json_path is not None:
+            write_text_atomic(options.json_path, json.dumps(estimated.to_json(), indent=2) + "\n")
+    return "\n".join(summary.lines() + estimated.lines())
 
 
 def simulate(config: Config, group: Group) -> None:

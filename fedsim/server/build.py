@@ -89,6 +89,8 @@ def build_run(
     updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
     trainer, scorer, model = build_engine(config, group, base, data.train, strategy.traits.changes_base)
     cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
+    budget, local = build_local_training(config)
+    global_test, client_test = build_tests(config, scorer, data)
     return Run(
         group=group,
         data=data,
@@ -101,21 +103,14 @@ def build_run(
         store=ClientStore(Path(config.run.output_dir).expanduser() / config.run.name / CLIENTS),
         base=updatable,
         trainer=trainer,
-        global_test=_evaluator(
-            config,
-            scorer,
-            data,
-            sample_examples(
-                len(data.test), config.evaluation.max_test_examples, config.run.seed, "max_test_examples"
-            ),
-        ),
-        client_test=_client_test(config, scorer, data),
+        global_test=global_test,
+        client_test=client_test,
         answers=_answers(config, model, base, data),
         stopping=build_stopping_rule(config),
         validation=_validation(config, scorer, model, base, data),
         cohort=cohort,
-        budget=_local_budget(config.training),
-        local=_local_settings(config),
+        budget=budget,
+        local=local,
         num_packs=config.training.pack.num_packs,
         rounds=config.run.rounds,
         evaluate_every=config.evaluation.every_rounds,
@@ -126,6 +121,19 @@ def build_run(
         screening=_screening(config),
         corruption=_corruption(config),
     )
+
+
+def build_local_training(config: Config) -> tuple[LocalBudget, LocalSettings]:
+    """How much a client trains in a round, and how."""
+    return _local_budget(config.training), _local_settings(config)
+
+
+def build_tests(config: Config, scorer: Scorer, data: FederatedData) -> tuple[LossEvaluator, ClientTest]:
+    """The global test and the clients' tests, both measured by `scorer`."""
+    examples = sample_examples(
+        len(data.test), config.evaluation.max_test_examples, config.run.seed, "max_test_examples"
+    )
+    return _evaluator(config, scorer, data, examples), _client_test(config, scorer, data)
 
 
 def build_tiers(

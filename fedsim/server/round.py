@@ -55,6 +55,34 @@ class NoWatch:
         """Do nothing."""
 
 
+class RoundInputs(Protocol):
+    """What decides who trains on what in each round; a `Run` is one."""
+
+    @property
+    def data(self) -> FederatedData: ...  # noqa: D102
+
+    @property
+    def strategy(self) -> Strategy: ...  # noqa: D102
+
+    @property
+    def cohort(self) -> CohortPolicy: ...  # noqa: D102
+
+    @property
+    def budget(self) -> LocalBudget: ...  # noqa: D102
+
+    @property
+    def local(self) -> LocalSettings: ...  # noqa: D102
+
+    @property
+    def lr_phases(self) -> tuple[tuple[int, float], ...]: ...  # noqa: D102
+
+    @property
+    def participation(self) -> Participation | None: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a round needs besides the server's state. The same on every rank but for the group's rank.
@@ -251,7 +279,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     )
 
 
-def drawn_cohort(run: Run, round_index: int) -> tuple[int, ...]:
+def drawn_cohort(run: RoundInputs, round_index: int) -> tuple[int, ...]:
     """The clients drawn for a round, ascending, among those that can be; the same on every rank."""
     if run.participation is None:
         return sample_cohort(run.cohort, run.seed, round_index)
@@ -260,10 +288,10 @@ def drawn_cohort(run: Run, round_index: int) -> tuple[int, ...]:
     return sample_cohort(replace(run.cohort, size=size), run.seed, round_index, available)
 
 
-def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
+def round_jobs(run: RoundInputs, round_index: int) -> tuple[ClientJob, ...]:
     """What the clients drawn for a round do; the same on every rank."""
     cohort = drawn_cohort(run, round_index)
-    local = run.local_in(round_index)
+    local = at_round(run.local, run.lr_phases, round_index)
     if run.strategy.traits.trains_pool:
         return pooled_job(cohort, run.data, run.budget, local, round_index)
     return client_jobs(cohort, run.data, run.budget, local)
