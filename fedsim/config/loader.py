@@ -24,6 +24,7 @@ from fedsim.errors import ConfigError
 
 SAFE_KEYS = (
     "run.rounds",
+    "run.max_minutes",
     "run.output_dir",
     "early_stopping.patience",
     "tracking.*",
