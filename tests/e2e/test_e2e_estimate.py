@@ -201,7 +201,7 @@ def test_wrong_options_are_refused(
 
 def test_all_processes_probe_together(program: Any) -> None:
     path = program.folder / "estimate.json"
-    ends = program.start_ranks(2, "--estimate", "--probe", "--json", str(path), timeout_s=100.0)
+    ends = program.start_ranks(2, "--estimate", "--probe", "--json", str(path), timeout_s=240.0)
 
     assert [code for code, _ in ends] == [0, 0], ends
     told = json.loads(path.read_text(encoding="utf-8"))
