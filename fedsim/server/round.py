@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
 from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.spectrum import spectra_with_energy
 from fedsim.aggregation.strategy import Aggregated, Strategy
 from fedsim.comm.agree import all_or_none
 from fedsim.comm.exchange import gather_reports
@@ -25,6 +26,7 @@ from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.server.tiers import Tiers
+from fedsim.training.memory import peak_memory_bytes
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
 from fedsim.training.settings import LocalSettings
 from fedsim.training.trainer import Trainer
@@ -127,7 +129,9 @@ class RoundReport:
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
         figures: what the strategy and the privacy accountant say about the round, by metric.
-        spectra: module -> singular values of the average update, where the strategy knows them.
+        spectra: module -> singular values of the average update, and module/energy -> its squared norm, where the
+            strategy knows them.
+        peak_memory_bytes: most that any process has held from its start to the end of this round's training.
     """
 
     round_index: int
@@ -139,6 +143,7 @@ class RoundReport:
     train_seconds_by_rank: tuple[float, ...]
     figures: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
 
 
 def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
@@ -161,10 +166,12 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("aggregating")
     clients = gather_reports(run.group, trained.updates)
-    told = run.group.gather_objects((trained_at - began, trained.wrote_state))
+    told = run.group.gather_objects(
+        (trained_at - began, trained.wrote_state, peak_memory_bytes(run.group.device))
+    )
     gathering = time.perf_counter()
     aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
-    next_state = _with_versions(run, state, aggregated.state, [ids for _, ids in told])
+    next_state = _with_versions(run, state, aggregated.state, [ids for _, ids, _ in told])
     aggregated_at = time.perf_counter()
 
     run.watch.phase("evaluating")
@@ -193,9 +200,10 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
             "evaluate_s": ended - aggregated_at,
             "round_s": ended - began,
         },
-        train_seconds_by_rank=tuple(seconds for seconds, _ in told),
+        train_seconds_by_rank=tuple(seconds for seconds, *_ in told),
         figures=_figures(run, round_index, aggregated) | answers,
-        spectra=aggregated.spectra,
+        spectra=spectra_with_energy(aggregated.spectra, aggregated.by_module),
+        peak_memory_bytes=max(held for *_, held in told),
     )
 
 
