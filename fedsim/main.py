@@ -77,8 +77,13 @@ def _with_group(command: CommandLine) -> int:
 
 
 def _simulate(command: CommandLine, group: "Group") -> int:
-    from fedsim.simulation import dry_run, simulate
+    from fedsim.simulation import dry_run, estimate, simulate
 
+    if command.estimate is not None:
+        text = estimate(command.config, group, command.estimate)
+        if group.rank == 0:
+            sys.stdout.write(f"{text}\n")
+        return 0
     if command.dry_run:
         text = dry_run(command.config, group)
         if group.rank == 0:

@@ -35,6 +35,11 @@ def last(key: str) -> Figure:
     return lambda run: run.last(key)
 
 
+def at_end(key: str) -> Figure:
+    """A metric of the state that a run exported: that of the last round, but for early stopping."""
+    return lambda run: run.at_end(key)
+
+
 def hundredfold(figure: Figure) -> Figure:
     """The same figure times 100."""
 
@@ -45,11 +50,11 @@ def hundredfold(figure: Figure) -> Figure:
     return times_100
 
 
-def mean_of_last(prefix: str, names: Sequence[str]) -> Figure:
+def mean_at_end(prefix: str, names: Sequence[str]) -> Figure:
     """Mean over those metrics `prefix + name` that a run has; None where it has none."""
 
     def mean(run: RunRecord) -> float | None:
-        values = [value for name in names if (value := run.last(prefix + name)) is not None]
+        values = [value for name in names if (value := run.at_end(prefix + name)) is not None]
         return statistics.fmean(values) if values else None
 
     return mean

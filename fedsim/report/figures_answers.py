@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from matplotlib.artist import Artist
-
 from fedsim.report.groups import Group, Series
 from fedsim.report.style import (
     LOSS,
@@ -13,8 +11,8 @@ from fedsim.report.style import (
     Picture,
     chunks,
     draw_series,
-    figure_legend,
     label_axes,
+    legend_of_all,
     look,
     panels,
     rounds_axis,
@@ -51,7 +49,6 @@ def _picture(groups: Sequence[Group], suffix: str, name: str, what: str) -> Pict
         if any(group.series(key) for group in groups)
     ]
     figure, axes = panels(len(shown), height=2.9)
-    handles: dict[str, Artist] = {}
     for one, (key, heading) in zip(axes, shown, strict=True):
         is_loss = key == "test/loss"
         for index, group in enumerate(groups):
@@ -64,8 +61,7 @@ def _picture(groups: Sequence[Group], suffix: str, name: str, what: str) -> Pict
         if not is_loss:
             one.set_ylim(0.0, max(one.get_ylim()[1], 0.1))
         rounds_axis(one)
-        handles |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    figure_legend(figure, list(handles.values()), list(handles))
+    legend_of_all(figure, axes)
     caption = (
         f"Scores of the global model's {what} on the global test set, every example alike, and its loss there. Lines "
         "are means over seeds, bands reach from the least to the most. Answers whose references hold no Latin letter "

@@ -17,7 +17,7 @@ from fedsim.report.style import (
     chunks,
     draw_series,
     label_axes,
-    legend_below,
+    legend_of_all,
     look,
     panels,
     rounds_axis,
@@ -58,7 +58,7 @@ def spectra_by_module(groups: Sequence[Group], modules: Sequence[str] = ()) -> l
             label_axes(one, "index of the singular value", "singular value")
             one.tick_params(labelbottom=True, labelleft=True)
             rounds_axis(one)
-        legend_below(figure, axes[[len(chosen) for _, chosen in part].index(max(len(c) for _, c in part))])
+        legend_of_all(figure, axes)
         caption = (
             "Singular values of the average update of single modules after the last round, largest first; those at 0 "
             "are left out. Dotted lines: LoRA ranks of the resource tiers; what stands right of one is what a "
@@ -84,10 +84,7 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
             rounds_axis(one)
-            if len(part) > 1:
-                one.legend(fontsize=7, handlelength=3.0)
-        if len(part) == 1:
-            legend_below(figure, axes[0])
+        legend_of_all(figure, axes)
         caption = (
             "Share of the squared singular values of the average update that the best approximation of a tier's LoRA "
             f"rank keeps: mean over the modules that have this rank in some tier. {OVER_SEEDS}"

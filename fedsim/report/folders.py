@@ -101,6 +101,15 @@ class RunRecord:
                 return _number(record[key])
         return None
 
+    def at_end(self, key: str) -> float | None:
+        """The same of the state that the run exported: with early stopping that may be an earlier round's."""
+        stopping = self.info.get("early_stopping")
+        rounds = stopping.get("exported_after_rounds") if isinstance(stopping, dict) else None
+        if not isinstance(rounds, int):
+            return self.last(key)
+        found = [record[key] for record in self.metrics if record[ROUND] == rounds - 1 and key in record]
+        return _number(found[0]) if found else None
+
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Run folders among `paths` and below those that are none, in order of name, each once.

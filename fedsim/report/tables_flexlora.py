@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedsim.report.arms import HOMOGENEOUS, Row, bench_of
-from fedsim.report.cells import MISSING, ROUGE, Figure, hundredfold, last, mean_of_last, plus_minus, seeds_of
+from fedsim.report.cells import MISSING, ROUGE, Figure, at_end, hundredfold, mean_at_end, plus_minus, seeds_of
 from fedsim.report.folders import RunRecord
 from fedsim.report.groups import Group
 from fedsim.report.tables import Table, amount_of_bytes
@@ -23,25 +23,26 @@ def methods(columns: Sequence[str], rows: Sequence[Row]) -> list[Table]:
     tables = []
     arms = [group for row in rows for group in row.cells.values()]
     for key, what in ROUGE.items():
-        if any(group.spread(last(key)) for group in arms):
+        if any(group.spread(at_end(key)) for group in arms):
             title = f"Rouge-L {what} by method and resource distribution"
             name = "rouge_by_method" if key == "test/rougeL" else "rouge_tf_by_method"
             tables.append(
-                _by_method(columns, rows, hundredfold(last(key)), "{:.2f}", name, title, _ROUGE_NOTE)
+                _by_method(columns, rows, hundredfold(at_end(key)), "{:.2f}", name, title, _ROUGE_NOTE)
             )
-    if any(group.spread(last("test/loss")) for group in arms):
+    if any(group.spread(at_end("test/loss")) for group in arms):
         title = "Test loss by method and resource distribution"
         tables.append(
-            _by_method(columns, rows, last("test/loss"), "{:.4f}", "loss_by_method", title, _LOSS_NOTE)
+            _by_method(columns, rows, at_end("test/loss"), "{:.4f}", "loss_by_method", title, _LOSS_NOTE)
         )
     return tables
 
 
 _CELLS = (
-    " after the last round: mean ± sample standard deviation over seeds; in brackets the difference to the homogeneous "
-    "arm of the row, taken seed by seed. FedAvg is averaging of factors after local SGD, FedIT after AdamW, as in "
-    "arXiv 2402.11505. Where a homogeneous cell names another method in brackets, no homogeneous run of the row's own "
-    "method is there, and that one stands in, as in the paper's table 2."
+    " after the last round, or that of the exported state of a run with early stopping: mean ± sample standard "
+    "deviation over seeds; in brackets the difference to the homogeneous arm of the row, taken seed by seed. FedAvg is "
+    "averaging of factors after local SGD, FedIT after AdamW, as in arXiv 2402.11505. Where a homogeneous cell names "
+    "another method in brackets, no homogeneous run of the row's own method is there, and that one stands in, as in "
+    "the paper's table 2."
 )
 _ROUGE_NOTE = (
     "Rouge-L without stemmer, times 100, on the global test set; every test example counts the same, so that an "
@@ -111,10 +112,10 @@ def _gains(row: Row, prefix: str, what: str) -> Table | None:
         seeds = sum(figure(run) is not None for run in base.runs)
         return str(seeds), text, *(_gain(group, base, figure) for group in others.values())
 
-    lines = [(name, *line(hundredfold(last(prefix + name)))) for name in names]
-    lines.append(("mean over categories", *line(hundredfold(mean_of_last(prefix, names)))))
+    lines = [(name, *line(hundredfold(at_end(prefix + name)))) for name in names]
+    lines.append(("mean over categories", *line(hundredfold(mean_at_end(prefix, names)))))
     note = (
-        f"Rouge-L {what}, times 100, after the last round, on unseen tasks of the category. Seeds: runs of the "
+        f"Rouge-L {what}, times 100, of the exported state, on unseen tasks of the category. Seeds: runs of the "
         f"homogeneous arm{f' ({row.borrowed})' if row.borrowed else ''} that tested it, since a seed may hold out "
         "others. Then that arm, and what the others have beyond it, seed by seed; mean ± sample standard deviation "
         "over seeds. The last line is over all categories that a run tested, each weighed alike."

@@ -27,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner.json"
+LAUNCHER_NAMES = {"slurm", "logs", "stop"}
+"""What the launcher or a batch script may have put into a run folder before the run's first start."""
 
 EndStatus = Literal["finished", "preempted", "failed"]
 
@@ -77,11 +79,18 @@ class RunFolder:
         started = {"status": "running", "reason": None, "start_time": _now(), "end_time": None}
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
 
-    def finish(self, status: EndStatus, reason: str | None = None) -> None:
-        """Write how the run ended into `run.json`, with the time and, unless it is finished, why."""
-        self._write_run_file(
-            {**self._read_run_file(), "status": status, "reason": reason, "end_time": _now()}
-        )
+    def finish(
+        self, status: EndStatus, reason: str | None = None, info: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write how the run ended into `run.json`, with the time.
+
+        Args:
+            status: how.
+            reason: why, unless all rounds are done.
+            info: further entries, JSON-like.
+        """
+        ended = {"status": status, "reason": reason, "end_time": _now()}
+        self._write_run_file({**self._read_run_file(), **(info or {}), **ended})
 
     def close(self) -> None:
         """Let others use the folder. May be called twice."""
@@ -187,9 +196,8 @@ def _not_writable(path: Path, error: OSError) -> RunFolderError:
 def _refuse_foreign_folder(path: Path) -> None:
     """A folder without `config.yaml` may hold nothing but what a start that was cut off leaves there."""
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(
-        name for name in names - {LOCK_FILE, OWNER_FILE} if not name.startswith(f".{CONFIG_FILE}-")
-    )
+    ours = {LOCK_FILE, OWNER_FILE, *LAUNCHER_NAMES}
+    foreign = sorted(name for name in names - ours if not name.startswith(f".{CONFIG_FILE}-"))
     if CONFIG_FILE not in names and foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise RunFolderError(

@@ -319,3 +319,21 @@ def test_scores_of_teacher_forced_guesses_are_named_so(tmp_path):
 def test_options_are_checked(option, said, tmp_path, capsys):
     assert main([str(tmp_path), "--out", str(tmp_path / "out"), option]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_early_is_scored_by_the_state_that_it_exported(tmp_path):
+    path = write_run(
+        tmp_path,
+        "lora.distribution=uniform",
+        "strategy.name=flexlora",
+        rounds=4,
+        extra=lambda round_index: {"test/rougeL": (0.1, 0.4, 0.3, 0.2)[round_index]},
+    )
+    assert tables_of(tmp_path)["rouge_by_method"].rows[0][-1] == "20.00"
+    info = json.loads((path / "run.json").read_text())
+    info["early_stopping"] = {"metric": "test/rougeL", "exported_after_rounds": 2, "best_after_rounds": 2}
+    (path / "run.json").write_text(json.dumps(info))
+    found = tables_of(tmp_path)
+    assert found["rouge_by_method"].rows[0][-1] == "40.00"
+    assert found["answers"].rows[0][2] == "40.00"
+    assert found["answers"].rows[0][-1] == f"{losses_of(path)[0][2]:.4f}"

@@ -32,6 +32,7 @@ def state(round_index: int) -> ServerState:
         {"client/000003": adapter(99, torch.float64)},
         adapter(round_index + 50),
         {3: 1, 70000: 2},
+        simulated_s=12.75,
     )
 
 
@@ -39,6 +40,7 @@ def same(one: ServerState, other: ServerState) -> bool:
     return (
         one.round_index == other.round_index
         and one.client_versions == other.client_versions
+        and one.simulated_s == other.simulated_s
         and one.base_update.equal(other.base_update)
         and one.adapter.equal(other.adapter)
         and list(one.strategy_state) == list(other.strategy_state)
