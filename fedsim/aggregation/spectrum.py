@@ -4,7 +4,7 @@ Shapes: o / i = out / in features of a module, r = LoRA rank, q = components of 
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -21,6 +21,8 @@ from fedsim.lora.updates import ClientReport
 
 Holder = Literal["A", "B"]
 """The factor that the singular values are multiplied into."""
+
+ENERGY = "spectrum/energy"
 
 
 def factors_of(
@@ -133,6 +135,7 @@ def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> 
         spectrum/effective_rank                exp of the entropy of s_j^2 / sum_j s_j^2 over the components that the
                                                server keeps (Roy and Vetterli 2007, who take s_j instead of s_j^2)
         spectrum/total_rank                    of the stack that W was made from
+        spectrum/energy                        ||W||_F^2
 
     For W = 0 nothing is lost: 1, 0, and an effective rank of 0.
 
@@ -152,7 +155,23 @@ def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> 
         "spectrum/energy_beyond_smallest_rank": 1.0 - smallest,
         "spectrum/effective_rank": _effective_rank(squares),
         "spectrum/total_rank": float(total_rank),
+        ENERGY: energy,
     }
+
+
+def spectra_with_energy(
+    spectra: Mapping[str, tuple[float, ...]], by_module: Mapping[str, Mapping[str, float]]
+) -> dict[str, tuple[float, ...]]:
+    """Singular values by module, and as `<module>/energy` the one figure ||W||_F^2, what was cut off included.
+
+    Without it nobody could tell from the values that the server keeps how much of W they hold.
+    """
+    energies = {
+        f"{module}/energy": (by_module[module][ENERGY],)
+        for module in spectra
+        if ENERGY in by_module.get(module, {})
+    }
+    return {**spectra, **energies}
 
 
 def _effective_rank(squares: list[float]) -> float:

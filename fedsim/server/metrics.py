@@ -38,6 +38,8 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
         "ranks/idle_share": 1.0
         - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * train_s),
     }
+    if report.peak_memory_bytes:
+        metrics["ranks/peak_memory_mib"] = report.peak_memory_bytes / 2**20
     if pickled_payload_mib is not None:
         metrics["comm/client_payload_pickled_mib"] = pickled_payload_mib
     metrics |= _participation_metrics(report)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
 from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.spectrum import spectra_with_energy
 from fedsim.aggregation.strategy import Aggregated, Strategy
 from fedsim.comm.agree import all_or_none
 from fedsim.comm.exchange import gather_reports
@@ -29,6 +30,7 @@ from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import Tiers
 from fedsim.server.turnout import Participation, Turnout
 from fedsim.server.validation import Validation
+from fedsim.training.memory import peak_memory_bytes
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
 from fedsim.training.settings import LocalSettings, at_round
 from fedsim.training.trainer import Trainer
@@ -180,11 +182,13 @@ class RoundReport:
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
         figures: what the strategy and the privacy accountant say about the round, and its learning rate, by metric.
-        spectra: module -> singular values of the average update, where the strategy knows them.
+        spectra: module -> singular values of the average update, and module/energy -> its squared norm, where the
+            strategy knows them.
         turnout: clients that did not report back, and simulated times; None if all report back.
         num_clipped: clients whose update was scaled down.
         num_corrupted: clients whose update arrived broken.
         simulated_s: simulated seconds of all rounds so far; None without a clock.
+        peak_memory_bytes: most that any process has held from its start to the end of this round's training.
     """
 
     round_index: int
@@ -200,6 +204,7 @@ class RoundReport:
     num_clipped: int = 0
     num_corrupted: int = 0
     simulated_s: float | None = None
+    peak_memory_bytes: int = 0
 
 
 def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
@@ -230,10 +235,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("aggregating")
     clients = _with_clock(gather_reports(run.group, trained.updates), turnout)
-    told = run.group.gather_objects((trained_at - started, trained.figures()))
+    held = peak_memory_bytes(run.group.device)
+    told = run.group.gather_objects((trained_at - started, held, trained.figures()))
     gathering = time.perf_counter()
     aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
-    next_state = _with_versions(run, state, aggregated.state, [figures.wrote_state for _, figures in told])
+    next_state = _with_versions(run, state, aggregated.state, [figures.wrote_state for *_, figures in told])
     if turnout is not None and turnout.round_s is not None:
         next_state = replace(next_state, simulated_s=state.simulated_s + turnout.round_s)
     aggregated_at = time.perf_counter()
@@ -269,13 +275,14 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
             "evaluate_s": ended - aggregated_at + started - began,
             "round_s": ended - began,
         },
-        train_seconds_by_rank=tuple(seconds for seconds, _ in told),
+        train_seconds_by_rank=tuple(seconds for seconds, *_ in told),
         figures=figures,
-        spectra=aggregated.spectra,
+        spectra=spectra_with_energy(aggregated.spectra, aggregated.by_module),
         turnout=turnout,
-        num_clipped=sum(figures.num_clipped for _, figures in told),
-        num_corrupted=sum(figures.num_corrupted for _, figures in told),
+        num_clipped=sum(figures.num_clipped for *_, figures in told),
+        num_corrupted=sum(figures.num_corrupted for *_, figures in told),
         simulated_s=None if turnout is None or turnout.round_s is None else next_state.simulated_s,
+        peak_memory_bytes=max(most for _, most, _ in told),
     )
 
 

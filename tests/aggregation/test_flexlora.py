@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from fedsim.aggregation.flexlora import FlexLora
 from fedsim.aggregation.hlora import HLora
+from fedsim.aggregation.spectrum import spectra_with_energy
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.state import ServerState
@@ -81,6 +82,21 @@ def test_the_two_factors(kind):
         squares_up, squares_down = (values**2, np.ones(3)) if kind is FlexLora else (np.ones(3), values**2)
         np.testing.assert_allclose(up.T @ up, np.diag(squares_up), atol=1e-9 * values[0] ** 2)
         np.testing.assert_allclose(down @ down.T, np.diag(squares_down), atol=1e-9 * values[0] ** 2)
+
+
+@BOTH_KINDS
+def test_the_record_has_the_norm_of_all_of_the_mean(kind):
+    """Of three clients of rank 4 the server keeps four components, which do not tell how much was cut off."""
+    cohort, counts = [random_adapter(k, 4) for k in range(3)], [1, 3, 2]
+    aggregated = run(kind(make_federation(4)), cohort, counts)
+    record = spectra_with_energy(aggregated.spectra, aggregated.by_module)
+    assert list(record) == [*MODULES, *(f"{module}/energy" for module in MODULES)]
+    for module in MODULES:
+        (energy,) = record[f"{module}/energy"]
+        mean = mean_product(cohort, counts, module)
+        np.testing.assert_allclose(energy, (mean**2).sum(), rtol=1e-9)
+        assert sum(value**2 for value in record[module]) < 0.99 * energy
+    assert spectra_with_energy({Q: (1.0,)}, {Q: {"spectrum/total_rank": 1.0}}) == {Q: (1.0,)}
 
 
 @BOTH_KINDS
@@ -280,6 +296,7 @@ def test_figures_of_the_spectrum():
             "spectrum/energy_beyond_smallest_rank": 1 - kept[2],
             "spectrum/effective_rank": np.exp(-np.sum(shares * np.log(shares))),
             "spectrum/total_rank": 8.0,
+            "spectrum/energy": squares.sum(),
         }
         assert dict(figures) == pytest.approx(expected, rel=1e-9)
         np.testing.assert_allclose(aggregated.spectra[module], np.sqrt(squares[:4]), rtol=1e-9)
