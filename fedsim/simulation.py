@@ -34,14 +34,19 @@ from fedsim.server.build import (
     build_federated_strategy,
     build_initial_adapter,
     build_run,
+    build_stopping_rule,
     build_tiers,
 )
 from fedsim.server.checkpoint import (
+    checkpoint_path,
     kept_client_versions,
     list_checkpoints,
+    load_checkpoint,
     load_newest_checkpoint,
     save_checkpoint,
+    saved_best,
 )
+from fedsim.server.early_stopping import why_stopped
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
@@ -86,9 +91,9 @@ def simulate(config: Config, group: Group) -> None:
                 records = _open_existing(config, open_things)
                 finished = records is not None and records.is_finished(config)
         if group.broadcast_object(finished):
-            logger.info(
-                "run %s is finished (%d rounds); nothing to do", _folder_path(config), config.run.rounds
-            )
+            early = None if records is None else records.folder.recorded("reason")
+            how = early or f"{config.run.rounds} rounds"
+            logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
             return
         summary, data = _prepare_data(config, group)
         base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
@@ -116,13 +121,13 @@ class Records:
         return self.folder.path / CHECKPOINTS
 
     def is_finished(self, config: Config) -> bool:
-        """Whether all rounds that are asked for have been run and the run was closed properly."""
+        """Whether all rounds that are asked for have been run, or it stopped early, and the run was closed properly."""
         found = list_checkpoints(self.checkpoints)
-        return (
-            self.folder.status() == "finished"
-            and bool(found)
-            and int(found[-1].name.removeprefix("round_")) >= config.run.rounds
-        )
+        if self.folder.status() != "finished" or not found:
+            return False
+        rule = build_stopping_rule(config)
+        stopped = rule is not None and rule.stops(saved_best(found[-1]))
+        return stopped or int(found[-1].name.removeprefix("round_")) >= config.run.rounds
 
     def check_same_inputs(self, inputs: Mapping[str, str]) -> None:
         """Check that a run that is resumed still has the data and the base it began with.
@@ -212,7 +217,7 @@ def _run_rounds(
                 _check_finite(initial_loss, base.name)
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
-        while state.round_index < run.rounds:
+        while not run.is_over(state):
             round_index = state.round_index
             before = state
             state, report = run_round(state, run)
@@ -225,9 +230,9 @@ def _run_rounds(
                     records.clients.append_rows(client_rows(report))
                     if report.spectra:
                         records.spectra.append({"round_index": round_index, **report.spectra})
-                    if _checkpoint_is_due(config, state):
+                    for due in _due_checkpoints(config, run, before, state, records):
                         records.clients.flush()
-                        save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
+                        save_checkpoint(due, records.checkpoints, config.checkpoint.keep_last)
                         if state.client_versions:  # else no checkpoint need be read again
                             run.store.drop_superseded(kept_client_versions(records.checkpoints))
                     tracker.log_round(metrics)
@@ -245,8 +250,18 @@ def _check_finite(initial_loss: float, base_name: str) -> None:
         )
 
 
-def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
-    return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
+def _due_checkpoints(
+    config: Config, run: Run, before: ServerState, state: ServerState, records: Records
+) -> list[ServerState]:
+    """What is to be saved after a round that led from one state to another, oldest first."""
+    best_after = None if state.best is None else state.best.rounds
+    due = []
+    if best_after == before.round_index and not checkpoint_path(records.checkpoints, best_after).exists():
+        due.append(before)  # only this round has found out that the one before it left the best state so far
+    is_regular = state.round_index % config.checkpoint.every_rounds == 0
+    if is_regular or run.is_over(state) or best_after == state.round_index:
+        due.append(state)
+    return due
 
 
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
@@ -306,6 +321,7 @@ def _reporting(
                             "base": summary.base_parameters,
                             "adapter": summary.adapter.num_parameters,
                         },
+                        "answers": summary.answer_counts(),
                     }
                 )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
@@ -336,8 +352,9 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
+    exported = _exported(config, state, records)
     if run.strategy.traits.has_global_model:
-        adapter = combine(run.strategy.export(state), state.base_update)
+        adapter = combine(run.strategy.export(exported), exported.base_update)
         _export(config, base, adapter, path / ADAPTER)
         tracker.log_adapter(path / ADAPTER)
         if config.run.merged_model:
@@ -352,8 +369,27 @@ def _finish(
             _export(config, base, adapter, path / CLIENT_ADAPTERS / f"client_{client_id:06d}")
     tracker.log_clients(records.clients)
     tracker.finish(0)
-    records.folder.finish("finished")
-    logger.info("run %s is finished (%d rounds)", path, state.round_index)
+    reason, info = None, None
+    if run.stopping is not None and state.best is not None:
+        reason = why_stopped(run.stopping, state, run.rounds)
+        info = {
+            "metric": run.stopping.figure,
+            "best": state.best.score,
+            "best_after_rounds": state.best.rounds,
+            "rounds": state.round_index,
+            "stopped_early": reason is not None,
+            "exported_after_rounds": exported.round_index,
+        }
+    records.folder.finish("finished", reason, {} if info is None else {"early_stopping": info})
+    logger.info("run %s is finished (%s)", path, reason or f"{state.round_index} rounds")
+
+
+def _exported(config: Config, state: ServerState, records: Records) -> ServerState:
+    """The state that is exported: the best one so far where that is asked for, else the last one."""
+    best = state.best
+    if best is None or config.early_stopping.export == "last" or best.rounds == state.round_index:
+        return state
+    return load_checkpoint(records.checkpoints, best.rounds)
 
 
 def _export(config: Config, base: BaseModel, adapter: AdapterState, folder: Path) -> None:

@@ -55,6 +55,7 @@ def cross_checks(config: Config) -> None:
     refuse(
         [
             *_cohort(config.cohort, config.data.partition.num_clients),
+            *_published_cohorts(config.cohort, config.run),
             *_data(config.data),
             *_partition(config.data),
             *_model(config.model, config.run),
@@ -67,6 +68,7 @@ def cross_checks(config: Config) -> None:
             *_aggregation(config.aggregation, config.run),
             *_privacy(config),
             *_evaluation(config.evaluation, config.data),
+            *_early_stopping(config),
             *_comm(config),
         ]
     )
@@ -98,8 +100,8 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
     )
     if cohort.size is not None and cohort.size > num_clients:
         yield f"cohort.size must be in [1, {limit}], got {cohort.size}"
-    if cohort.sampling == "poisson" and cohort.client_ids is not None:
-        yield "cohort.sampling must be fixed when cohort.client_ids is set, got 'poisson'"
+    if cohort.sampling != "fixed" and cohort.client_ids is not None:
+        yield f"cohort.sampling must be fixed when cohort.client_ids is set, got {show(cohort.sampling)}"
     if cohort.client_ids is not None:
         outside = [client_id for client_id in cohort.client_ids if client_id >= num_clients]
         if outside:
@@ -107,6 +109,16 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
         twice = sorted({i for i in cohort.client_ids if cohort.client_ids.count(i) > 1})
         if twice:
             yield f"cohort.client_ids must name each client once, got {show(twice)} more than once"
+
+
+def _published_cohorts(cohort: CohortConfig, run: RunConfig) -> Iterator[str]:
+    """That code makes a seed of 32 bits from the round and its own seed (`server.cohort.published_seed`)."""
+    largest = (2**32 - 1) // (20 * max(1, run.rounds - 1)) - 200
+    if cohort.sampling == "flexlora" and run.seed > largest:
+        yield (
+            f"run.seed must be at most {largest} with cohort.sampling=flexlora and run.rounds={run.rounds}, whose "
+            f"seeds have 32 bits, got {run.seed}"
+        )
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -312,7 +324,6 @@ def _strategy(strategy: StrategyConfig) -> Iterator[str]:
         )
 
 
-def _scaffold(config: Config) -> Iterator[str]:
 def _slora(config: Config) -> Iterator[str]:
     """Densities go by tier, of which the configuration must say the order."""
     densities, lora = config.strategy.slora.tier_densities, config.lora
@@ -329,6 +340,7 @@ def _slora(config: Config) -> Iterator[str]:
         yield f"{key} must have {expected} values, one for each {whose}, got {show(densities)}"
 
 
+def _scaffold(config: Config) -> Iterator[str]:
     """SCAFFOLD's control variates are sums of plain gradients."""
     if config.strategy.name != "scaffold":
         return
@@ -390,11 +402,8 @@ def _privacy(config: Config) -> Iterator[str]:
 
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]:
-    if evaluation.client_test == "own_split" and data.client_test_fraction == 0:
-        yield (
-            "data.client_test_fraction must be > 0 when evaluation.client_test is own_split, got "
-            f"{show(data.client_test_fraction)}"
-        )
+    if evaluation.client_test == "own_split":
+        yield from _own_examples(data, "when evaluation.client_test is own_split")
     answers = evaluation.answers
     if answers.metric == "off":
         because = "when evaluation.answers.metric is off"
@@ -411,6 +420,41 @@ def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]
         yield (
             f"evaluation.batch_tokens must be at least data.max_tokens={data.max_tokens}, got "
             f"{evaluation.batch_tokens}"
+        )
+
+
+def _own_examples(data: DataConfig, because: str) -> Iterator[str]:
+    """Clients must keep examples that they do not train on."""
+    rules = data.instruction
+    names_parts = rules.format in ("client_lines", "flexlora") or rules.part_field is not None
+    if data.client_test_fraction == 0 and not (names_parts and data.partition.name == "natural"):
+        yield f"data.client_test_fraction must be > 0 {because}, got {show(data.client_test_fraction)}"
+
+
+def _early_stopping(config: Config) -> Iterator[str]:
+    rule, strategy = config.early_stopping, config.strategy
+    if rule.metric == "off":
+        names = tuple(name for name in type(rule).model_fields if name != "metric")
+        yield from _unused("early_stopping", rule, names, "when early_stopping.metric is off")
+        return
+    if rule.metric.startswith("validation"):
+        yield from _own_examples(config.data, f"when early_stopping.metric is {rule.metric}")
+        if config.aggregation.privacy.clip_norm is not None:
+            yield (
+                "early_stopping.metric must be off or of the test set with aggregation.privacy.clip_norm set, since "
+                f"the privacy accountant does not count what validation tells about clients, got {show(rule.metric)}"
+            )
+    if rule.metric.endswith("rouge_l") and config.evaluation.answers.metric == "off":
+        yield f"evaluation.answers.metric must not be off when early_stopping.metric is {rule.metric}, got 'off'"
+    if rule.from_round >= config.run.rounds:
+        yield (
+            f"early_stopping.from_round must be below run.rounds={config.run.rounds}, got {rule.from_round}; set "
+            "early_stopping.metric=off to run all rounds"
+        )
+    if strategy.name == "slora" and rule.from_round < strategy.slora.rounds:
+        yield (
+            f"early_stopping.from_round must be at least strategy.slora.rounds={strategy.slora.rounds} with "
+            f"strategy.name=slora, whose first rounds train no adapter, got {rule.from_round}"
         )
 
 

@@ -378,10 +378,11 @@ class LoraConfig(Node):
 class CohortConfig(Node):
     """Which clients take part in a round. Set one of size, fraction and client_ids."""
 
-    sampling: Literal["fixed", "poisson"] = key(
+    sampling: Literal["fixed", "poisson", "flexlora"] = key(
         "fixed",
         "fixed: exactly so many clients, without replacement; poisson: each client by itself with probability size / "
-        "num_clients, as differential privacy needs it; a round may then be empty",
+        "num_clients, as differential privacy needs it; a round may then be empty; flexlora: as fixed, but the very "
+        "clients that the code of arXiv 2402.11505 draws (its seed is run.seed=42)",
     )
     size: int | None = key(
         8,
@@ -491,13 +492,13 @@ class TrainingConfig(Node):
         "FedProx (arXiv 1812.06127): adds mu/2 times the squared distance from the received factors",
         ge=0,
     )
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     round_schedule: tuple[LrPhaseConfig, ...] = key(
         (),
         "learning rates of clients that change with the round, such as [{from_round: 15, lr_scale: 0.5}], which is "
         "what the code of arXiv 2402.11505 does; before the first phase, and when empty, the factor is 1",
     )
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     pack: PackConfig = Field(default_factory=PackConfig)
 
     @model_validator(mode="before")
@@ -680,6 +681,32 @@ class EvaluationConfig(Node):
     answers: AnswersConfig = Field(default_factory=AnswersConfig)
 
 
+class EarlyStoppingConfig(Node):
+    """Whether to stop before the last round, and which state to export."""
+
+    metric: Literal["off", "test_loss", "validation_loss", "test_rouge_l", "validation_rouge_l"] = key(
+        "off",
+        "what must go on improving, in rounds that are evaluated; test: the global model after the round, on the "
+        "global test set; validation: the global model before the round, on what its clients keep for their own "
+        "evaluation, weighted by their training examples (code of arXiv 2402.11505); rouge_l: as in evaluation.answers",
+    )
+    patience: int = key(
+        3,
+        "evaluations in a row without improvement that are put up with; one more stops the run (arXiv 2402.11505: 3, "
+        "so it stops at the fourth)",
+        "evaluations",
+        ge=0,
+    )
+    min_delta: float = key(0.0, "an improvement must be larger than this", ge=0)
+    from_round: int = key(
+        0, "evaluations in rounds before this one, counted from 0, do not count", "rounds", ge=0
+    )
+    export: Literal["best", "last"] = key(
+        "best",
+        "the state that becomes adapter/: that of the best evaluation, whose checkpoint is kept, or the last one",
+    )
+
+
 class CommConfig(Node):
     """How processes talk to each other."""
 
@@ -695,7 +722,12 @@ class CheckpointConfig(Node):
     every_rounds: int = key(
         1, "write a checkpoint after every so many rounds, and after the last", "rounds", gt=0
     )
-    keep_last: int = key(2, "how many of the newest checkpoints to keep", "checkpoints", gt=0)
+    keep_last: int = key(
+        2,
+        "how many of the newest checkpoints to keep, besides the best with early_stopping",
+        "checkpoints",
+        gt=0,
+    )
 
 
 class WandbConfig(Node):
@@ -735,6 +767,7 @@ class Config(Node):
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     comm: CommConfig = Field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

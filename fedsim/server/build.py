@@ -23,9 +23,12 @@ from fedsim.evaluation.clients import ClientTest, CommonTest, NoTest, OwnSplitTe
 from fedsim.evaluation.generation import (
     AnswerTest,
     GeneratedAnswers,
+    Questions,
     TeacherForcedGuesses,
+    check_room,
     questions_of,
 )
+from fedsim.evaluation.held_out import ExampleAnswers, ExampleLosses, ExampleTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
@@ -42,6 +45,7 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
+from fedsim.server.early_stopping import StoppingRule
 from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
 from fedsim.server.tiers import (
@@ -54,6 +58,7 @@ from fedsim.server.tiers import (
     tiers_by_size,
     with_phases,
 )
+from fedsim.server.validation import Validation
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
 CLIENTS = "clients"
@@ -102,6 +107,8 @@ def build_run(
         ),
         client_test=_client_test(config, scorer, data),
         answers=_answers(config, model, base, data),
+        stopping=build_stopping_rule(config),
+        validation=_validation(config, scorer, model, base, data),
         cohort=cohort,
         budget=_local_budget(config.training),
         local=_local_settings(config),
@@ -200,12 +207,6 @@ def build_federated_strategy(
     return strategy
 
 
-def _options(options: Sequence[str]) -> dict[str, Any]:
-    pairs = (option.partition("=") for option in options)
-    return {name: read_yaml(value, f"strategy.options: {name}") for name, _, value in pairs}
-
-
-def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
 def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
     """Arguments of SLoRA: densities by client, and the arguments of its second stage."""
     slora = chosen.slora
@@ -223,6 +224,12 @@ def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
     }
 
 
+def _options(options: Sequence[str]) -> dict[str, Any]:
+    pairs = (option.partition("=") for option in options)
+    return {name: read_yaml(value, f"strategy.options: {name}") for name, _, value in pairs}
+
+
+def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
     traits = strategy.traits
     if tiers.are_mixed and not traits.mixed_ranks:
         key = "lora.tiers" if config.lora.distribution is None else "lora.distribution"
@@ -239,6 +246,11 @@ def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
         raise ConfigError(
             "evaluation.client_test must be common or own_split with strategy.name="
             f"{strategy.name}, which has no global model to test, got 'off'"
+        )
+    if not traits.has_global_model and config.early_stopping.metric != "off":
+        raise ConfigError(
+            f"early_stopping.metric must be off with strategy.name={strategy.name}, which has no global model to "
+            f"measure, got '{config.early_stopping.metric}'"
         )
     if not traits.uses_client_weights and config.aggregation.client_weights not in ("examples", "uniform"):
         raise ConfigError(
@@ -281,7 +293,7 @@ def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     expected = _expected_cohort(config, num_clients)
     if config.sampling == "poisson":
         return CohortPolicy(num_clients, max(1, round(expected)), None, expected / num_clients)
-    return CohortPolicy(num_clients, int(expected))
+    return CohortPolicy(num_clients, int(expected), as_published=config.sampling == "flexlora")
 
 
 def _expected_cohort(config: CohortConfig, num_clients: int) -> float:
@@ -350,20 +362,82 @@ def _answers(
     examples = sample_examples(len(store), answers.max_examples, config.run.seed, "max_answer_examples")
     questions = questions_of(store, examples)
     assert store.answers is not None, "questions_of refuses plain text"
-    generator = GreedyGenerator(model, base.pad_id, stop_tokens(base.model, base.tokenizer))
-    budget = config.evaluation.batch_tokens
-    test: AnswerTest
-    if answers.metric == "generated":
-        limit = max_positions_of(model.model.config)
-        test = GeneratedAnswers(generator, base.tokenizer, questions, answers.max_new_tokens, budget, limit)
-    else:
-        published = answers.metric == "teacher_forced_published"
-        test = TeacherForcedGuesses(generator, base.tokenizer, questions, budget, published)
+    test = _answer_test(config, model, base, questions)
     tasks = [store.answers.task(example) or "" for example in examples.tolist()]
     categories = [store.answers.category(example) for example in examples.tolist()]
     known = [category for category in categories if category is not None]
-    suffix = "" if answers.metric == "generated" else "_tf"
-    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), suffix)
+    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), _suffix(config))
+
+
+def _suffix(config: Config) -> str:
+    """What is put behind the names of figures of answers."""
+    return "" if config.evaluation.answers.metric == "generated" else "_tf"
+
+
+def _answer_test(
+    config: Config, model: AdaptedModel | StackedModel, base: BaseModel, questions: Questions
+) -> AnswerTest:
+    answers, budget = config.evaluation.answers, config.evaluation.batch_tokens
+    generator = GreedyGenerator(model, base.pad_id, stop_tokens(base.model, base.tokenizer))
+    if answers.metric == "generated":
+        limit = max_positions_of(model.model.config)
+        return GeneratedAnswers(generator, base.tokenizer, questions, answers.max_new_tokens, budget, limit)
+    published = answers.metric == "teacher_forced_published"
+    return TeacherForcedGuesses(generator, base.tokenizer, questions, budget, published)
+
+
+def build_stopping_rule(config: Config) -> StoppingRule | None:
+    """When the run stops before its last round; None for never."""
+    chosen = config.early_stopping
+    if chosen.metric == "off":
+        return None
+    where, _, what = chosen.metric.partition("_")
+    return StoppingRule(
+        figure=f"{where}/loss" if what == "loss" else f"{where}/rougeL{_suffix(config)}",
+        larger_is_better=what != "loss",
+        before_training=where == "validation",
+        patience=chosen.patience,
+        min_delta=chosen.min_delta,
+        from_round=chosen.from_round,
+    )
+
+
+def _validation(
+    config: Config, scorer: Scorer, model: AdaptedModel | StackedModel, base: BaseModel, data: FederatedData
+) -> Validation | None:
+    metric = config.early_stopping.metric
+    if not metric.startswith("validation"):
+        return None
+    partition, budget = data.partition, config.evaluation.batch_tokens
+    # what the corpus means for this, else what client_test_fraction has set aside
+    held = partition.test_indices if partition.eval_indices is None else partition.eval_indices
+    own = partition.test if partition.eval_indices is None else partition.evaluation
+    if held.size == 0:
+        raise ConfigError(
+            f"early_stopping.metric must be off or of the test set where no client keeps an example for its own "
+            f"evaluation, got '{metric}'; raise data.client_test_fraction, or give clients more examples"
+        )
+
+    def examples_of(client_id: int) -> NDArray[np.int64]:
+        return _some_of_client(config, own(client_id), client_id)
+
+    if metric == "validation_loss":
+        return Validation(
+            "loss",
+            examples_of,
+            partition.sizes,
+            lambda examples: ExampleLosses(scorer, data.train, examples, budget),
+        )
+
+    def prepare(examples: NDArray[np.int64]) -> ExampleTest:
+        test = _answer_test(config, model, base, questions_of(data.train, examples))
+        return ExampleAnswers(test, len(examples))
+
+    if config.evaluation.answers.metric == "generated":
+        assert data.train.answers is not None, "the configuration is checked before"
+        longest = int(data.train.answers.answer_start[held].max())
+        check_room(longest, config.evaluation.answers.max_new_tokens, max_positions_of(model.model.config))
+    return Validation(f"rougeL{_suffix(config)}", examples_of, partition.sizes, prepare)
 
 
 def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientTest:
@@ -379,14 +453,19 @@ def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientT
         own = data.partition.test(client_id) if client_id >= 0 else np.empty(0, dtype=np.int64)
         if len(own) == 0:
             return None
-        chosen = sample_examples(len(own), limit, config.run.seed, f"max_client_test_examples/{client_id}")
         return LossEvaluator(
             scorer,
             data.train,
             data.train_classes,
             data.partition.num_classes,
-            own[chosen],
+            _some_of_client(config, own, client_id),
             evaluation.batch_tokens,
         )
 
     return OwnSplitTest(own_split)
+
+
+def _some_of_client(config: Config, own: NDArray[np.int64], client_id: int) -> NDArray[np.int64]:
+    """At most `evaluation.max_client_test_examples` of a client's own examples."""
+    limit, seed = config.evaluation.max_client_test_examples, config.run.seed
+    return own[sample_examples(len(own), limit, seed, f"max_client_test_examples/{client_id}")]

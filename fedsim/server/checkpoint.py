@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedsim.atomic import replace_folder
 from fedsim.errors import CheckpointError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.state import ServerState
+from fedsim.lora.state import BestSoFar, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ TENSORS_FILE = "state.safetensors"
 
 def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
     """Write `round_NNNNNN`, named after the rounds completed, below `folder`; then drop all but the newest `keep_last`.
+
+    The best state that one of these knows of (`ServerState.best`) is kept as well.
 
     Raises:
         CheckpointError: the disk does not take it.
@@ -43,6 +46,7 @@ def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
             for name, adapter in named.items()
         },
         "client_versions": {str(client): version for client, version in state.client_versions.items()},
+        "best": None if state.best is None else asdict(state.best),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
 
@@ -50,15 +54,52 @@ def save_checkpoint(state: ServerState, folder: Path, keep_last: int) -> Path:
         (unfinished / TENSORS_FILE).write_bytes(data)
         (unfinished / STATE_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
-    target = folder / f"round_{state.round_index:06d}"
+    target = checkpoint_path(folder, state.round_index)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_folder(target, build)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
+        found = list_checkpoints(folder)
+        best = {
+            checkpoint_path(folder, known.rounds)
+            for path in found[-keep_last:]
+            if (known := saved_best(path))
+        }
+        for old in found[:-keep_last]:
+            if old not in best:
+                shutil.rmtree(old)
     except OSError as error:
         raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}") from error
     return target
+
+
+def checkpoint_path(folder: Path, rounds: int) -> Path:
+    """The checkpoint of the state after so many rounds."""
+    return folder / f"round_{rounds:06d}"
+
+
+def saved_best(path: Path) -> BestSoFar | None:
+    """The best state that a checkpoint knows of; None if it knows of none, or is damaged."""
+    try:
+        return _best(json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("checkpoint %s is damaged (%s)", path, error)
+        return None
+
+
+def load_checkpoint(folder: Path, rounds: int) -> ServerState:
+    """The state after so many rounds, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    path = checkpoint_path(folder, rounds)
+    try:
+        return _load(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} must be readable, since it holds the best state so far, and is not ({error}); get it "
+            "back, or start again with early_stopping.export=last"
+        ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -119,6 +160,7 @@ def _load(path: Path) -> ServerState:
         description["round_index"],
         AdapterState({}),
         client_versions=_client_versions(description),
+        best=_best(description),
     ).with_adapters(adapters)
 
 
@@ -135,3 +177,8 @@ def kept_client_versions(folder: Path) -> list[dict[int, int]]:
 
 def _client_versions(description: dict[str, Any]) -> dict[int, int]:
     return {int(client): int(version) for client, version in description["client_versions"].items()}
+
+
+def _best(description: dict[str, Any]) -> BestSoFar | None:
+    best = description.get("best")
+    return None if best is None else BestSoFar(float(best["score"]), int(best["rounds"]), int(best["waited"]))

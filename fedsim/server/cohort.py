@@ -21,12 +21,14 @@ class CohortPolicy:
         size: clients of a round; the expected number where they are drawn independently.
         client_ids: the same clients in every round, or None to draw them.
         probability: with which each client is drawn by itself (Poisson sampling), or None for exactly `size` clients.
+        as_published: draw what the code of arXiv 2402.11505 draws; see `published_seed`.
     """
 
     num_clients: int
     size: int
     client_ids: tuple[int, ...] | None = None
     probability: float | None = None
+    as_published: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,21 @@ def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[in
     if policy.probability is not None:
         tosses = numpy_generator(seed, "cohort", round_index).random(policy.num_clients)
         return tuple(np.flatnonzero(tosses < policy.probability).tolist())
+    if policy.as_published:
+        legacy = np.random.RandomState(published_seed(seed, round_index))
+        return tuple(sorted(legacy.choice(policy.num_clients, size=policy.size, replace=False).tolist()))
     drawn = numpy_generator(seed, "cohort", round_index).choice(
         policy.num_clients, size=policy.size, replace=False, shuffle=False
     )
     return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def published_seed(seed: int, round_index: int) -> int:
+    """Seed of a round's cohort in the code of arXiv 2402.11505, for numpy's legacy generator.
+
+    Its own seed, 42, does not enter, and round 0 has the same cohort whatever the seed.
+    """
+    return round_index if seed == 42 else round_index * (seed + 200) * 20
 
 
 def client_jobs(

@@ -24,7 +24,9 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
+from fedsim.server.early_stopping import StoppingRule, stopping_figures
 from fedsim.server.tiers import Tiers
+from fedsim.server.validation import Validation
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
 from fedsim.training.settings import LocalSettings, at_round
 from fedsim.training.trainer import Trainer
@@ -76,6 +78,8 @@ class Run:
         seed: the run's seed.
         privacy: what differential privacy has been spent; None without it.
         answers: the test of the global model's answers; None without it.
+        stopping: when to stop before the last round; None for never.
+        validation: the test of the global model before a round on its clients' own examples; None without it.
         watch: is told how the round goes on.
     """
 
@@ -99,11 +103,18 @@ class Run:
     lr_phases: tuple[tuple[int, float], ...] = ()
     privacy: PrivacyAccountant | None = None
     answers: AnswerEvaluation | None = None
+    stopping: StoppingRule | None = None
+    validation: Validation | None = None
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
         return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+
+    def is_over(self, state: ServerState) -> bool:
+        """Whether no round is left to be run."""
+        stops = self.stopping is not None and self.stopping.stops(state.best)
+        return stops or state.round_index >= self.rounds
 
     def local_in(self, round_index: int) -> LocalSettings:
         """How a client trains in a round."""
@@ -132,7 +143,7 @@ class RoundReport:
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
-        figures: what the strategy, the learning rate's phases and the privacy accountant say about the round, by metric.
+        figures: what the strategy and the privacy accountant say about the round, and its learning rate, by metric.
         spectra: module -> singular values of the average update, where the strategy knows them.
     """
 
@@ -159,6 +170,14 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     packs = pack_cohort(jobs, run.num_packs)  # whatever the world size
     mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
 
+    validated: dict[str, float] = {}
+    if run.validation is not None and run.evaluates(round_index):
+        run.watch.phase("validating")
+        cohort = sample_cohort(run.cohort, run.seed, round_index)
+        what = f"validation, round {round_index}"
+        validated = run.validation.measure(run.group, run.strategy.export(state), cohort, what)
+    started = time.perf_counter()
+
     run.watch.phase("training")
     trained = _Trained([], [])
     with all_or_none(run.group, f"local training, round {round_index}"):
@@ -167,7 +186,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("aggregating")
     clients = gather_reports(run.group, trained.updates)
-    told = run.group.gather_objects((trained_at - began, trained.wrote_state))
+    told = run.group.gather_objects((trained_at - started, trained.wrote_state))
     gathering = time.perf_counter()
     aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
     next_state = _with_versions(run, state, aggregated.state, [ids for _, ids in told])
@@ -184,6 +203,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         if run.answers is not None:
             what = f"scoring answers, round {round_index}"
             answers = run.answers.measure(run.group, run.strategy.export(next_state), what)
+    figures = _figures(run, round_index, aggregated) | answers | validated
+    if run.stopping is not None:
+        known = figures if global_test is None else {**figures, "test/loss": global_test.mean}
+        next_state = replace(next_state, best=run.stopping.updated(state.best, known, round_index))
+        figures |= stopping_figures(next_state.best)
     ended = time.perf_counter()
     return next_state, RoundReport(
         round_index=round_index,
@@ -192,15 +216,15 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         num_packs=len(packs),
         global_test=global_test,
         seconds={
-            "train_s": trained_at - began,
+            "train_s": trained_at - started,
             "wait_s": gathering - trained_at,
             "gather_s": gather_s,
             "aggregate_s": aggregated_at - gathering - gather_s,
-            "evaluate_s": ended - aggregated_at,
+            "evaluate_s": ended - aggregated_at + started - began,
             "round_s": ended - began,
         },
         train_seconds_by_rank=tuple(seconds for seconds, _ in told),
-        figures=_figures(run, round_index, aggregated) | answers,
+        figures=figures,
         spectra=aggregated.spectra,
     )
 

@@ -46,6 +46,7 @@ class RunSummary:
             ("data", f"{self.data.corpus_source}; test set: {self.data.test_from}"),
             ("partition", self._partition()),
             ("classes", self._classes()),
+            *([("answers", self._answers())] if self.data.train.answers is not None else []),
             ("strategy", self._strategy()),
             ("cohort", f"{self._size()} of {self.cohort.num_clients} clients a round"),
             ("traffic", self._traffic()),
@@ -92,6 +93,28 @@ class RunSummary:
         edges = ", ".join(f"{edge:g}" for edge in self.data.class_edges)
         unit = self.data.partition.length_unit
         return f"{num_classes} length classes of {counts} examples, cut after {edges} {unit}"
+
+    def answer_counts(self) -> dict[str, dict[str, int]]:
+        """What became of prompts and answers in the training and the test set; empty for plain text."""
+        counts = {}
+        for name, store in (("training", self.data.train), ("test", self.data.test)):
+            if store.answers is not None:
+                counts[name] = {
+                    "examples": len(store),
+                    "prompts_cut": store.answers.num_prompts_cut,
+                    "answers_cut": store.answers.num_answers_cut,
+                    "dropped_without_label_token": store.num_dropped,
+                    "without_rouge_tokens": store.answers.num_without_rouge_tokens(),
+                }
+        return counts
+
+    def _answers(self) -> str:
+        return "; ".join(
+            f"{name}: {of['prompts_cut']:,} of {of['examples']:,} prompts and {of['answers_cut']:,} answers cut, "
+            f"{of['dropped_without_label_token']:,} rows without a label token dropped, {of['without_rouge_tokens']:,} "
+            "without a Latin reference (Rouge-L 0)"
+            for name, of in self.answer_counts().items()
+        )
 
     def _traffic(self) -> str:
         one_way = self.adapter.num_bytes

@@ -77,11 +77,18 @@ class RunFolder:
         started = {"status": "running", "reason": None, "start_time": _now(), "end_time": None}
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
 
-    def finish(self, status: EndStatus, reason: str | None = None) -> None:
-        """Write how the run ended into `run.json`, with the time and, unless it is finished, why."""
-        self._write_run_file(
-            {**self._read_run_file(), "status": status, "reason": reason, "end_time": _now()}
-        )
+    def finish(
+        self, status: EndStatus, reason: str | None = None, info: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write how the run ended into `run.json`, with the time.
+
+        Args:
+            status: how.
+            reason: why, unless all rounds are done.
+            info: further entries, JSON-like.
+        """
+        ended = {"status": status, "reason": reason, "end_time": _now()}
+        self._write_run_file({**self._read_run_file(), **(info or {}), **ended})
 
     def close(self) -> None:
         """Let others use the folder. May be called twice."""

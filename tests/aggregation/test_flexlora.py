@@ -285,6 +285,28 @@ def test_figures_of_the_spectrum():
         np.testing.assert_allclose(aggregated.spectra[module], np.sqrt(squares[:4]), rtol=1e-9)
 
 
+@BOTH_KINDS
+def test_the_gap_to_averaged_factors_is_reported(kind):
+    """FedIT's mean of factors is another model than FlexLoRA's mean of products, unless clients are equal."""
+    counts = [10, 30, 5]
+    cohort = [random_adapter(k, 3) for k in range(3)]
+    told = run(kind(make_federation(4)), cohort, counts).by_module
+    p = np.array(counts) / sum(counts)
+    for module in TARGETS:
+        mean = mean_product(cohort, counts, module)
+        up = sum(
+            w * client[module].scaling * client[module].B.numpy() for w, client in zip(p, cohort, strict=True)
+        )
+        down = sum(w * client[module].A.numpy() for w, client in zip(p, cohort, strict=True))
+        gap = np.linalg.norm(mean - up @ down) / np.linalg.norm(mean)
+        assert gap > 0.1
+        assert told[module]["spectrum/gap_to_averaged_factors"] == pytest.approx(gap, rel=1e-9)
+    equal = run(kind(make_federation(4)), [cohort[0]] * 3, counts).by_module
+    assert all(figures["spectrum/gap_to_averaged_factors"] < 1e-6 for figures in equal.values())
+    mixed = run(kind(make_federation(4)), [random_adapter(0, 3), random_adapter(1, 4)], [1, 1]).by_module
+    assert all("spectrum/gap_to_averaged_factors" not in figures for figures in mixed.values())
+
+
 class TestContrast:
     """The likely mistakes give another result."""
 
