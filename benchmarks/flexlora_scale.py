@@ -242,7 +242,9 @@ def _memory_of(process: int) -> dict[str, float]:
 def _times(records: Sequence[dict[str, Any]], arrivals: Sequence[float]) -> dict[str, float]:
     """Wall time of a round, and what it goes to; sums over the rounds that count, so that rarer work has its share."""
     counted = records[WARM_UP:]
-    walls = [later - earlier for earlier, later in zip(arrivals[WARM_UP - 1 :], arrivals[WARM_UP:], strict=False)]
+    walls = [
+        later - earlier for earlier, later in zip(arrivals[WARM_UP - 1 :], arrivals[WARM_UP:], strict=False)
+    ]
     whole = sum(walls)
 
     def share(*phases: str) -> float:

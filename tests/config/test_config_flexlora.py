@@ -86,7 +86,11 @@ def test_settings_of_the_published_code(base, method):
         "all",
     )
     assert (data.instruction.skip_clients, data.test_split) == ((1613,), "global_test")
-    assert (config.cohort.fraction, int(config.cohort.fraction * 1613), config.cohort.size) == (0.05, 80, None)
+    assert (config.cohort.fraction, int(config.cohort.fraction * 1613), config.cohort.size) == (
+        0.05,
+        80,
+        None,
+    )
     assert config.lora.target_modules == BASES[base][1]
     assert OPTIMIZERS[method] == training.optimizer.name
     check_common(config)
