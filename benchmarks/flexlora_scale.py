@@ -2,25 +2,25 @@
 
     python benchmarks/flexlora_scale.py SOURCE MODEL [--clients 1519 100] [--processes 4] [--rounds 12] [KEY=VALUE ...]
 
-SOURCE is a JSONL file with one line for each client (data.instruction.format=client_lines), MODEL a folder or an id. Each
-federation is a run of its own on the first, or evenly many, of the lines, so that the small one reads the small corpus alone;
-both train equally many clients a round (--cohort). Runs are started by torchrun in a temporary folder. While one goes on, this
-process reads its processes' /proc/PID/smaps_rollup and watches metrics.jsonl grow.
+SOURCE is a JSONL file with one line for each client (data.instruction.format=client_lines), MODEL a folder or an id.
+Each federation is a run of its own on as many of the lines, spread evenly, so that the small one reads a small corpus;
+both train equally many clients a round (--cohort). Runs are started by torchrun in a temporary folder. While one goes
+on, this process reads its processes' /proc/PID/smaps_rollup and watches metrics.jsonl grow.
 
     setup s    from the start of torchrun to the start of the first round
     s/round    median wall time from one record to the next: all of a round, its writing to the disk as well
-    training   median share of that in which some process was still training its clients (time/train_s + time/wait_s)
+    training   share of that in which some process was still training its clients (time/train_s + time/wait_s)
     gathering, aggregating, evaluating   the same for the exchange of factors, the server's mathematics, the global test
     other      the rest: records, checkpoints, and bookkeeping
-    RSS        MiB a process, all that is mapped and present; medians of the rounds, mean of the later half and of the processes
+    RSS        MiB a process, all that is mapped and present; mean of the processes and of the later half of the rounds
     own        of that, what belongs to the process alone and is written to (Private_Dirty)
-    growth     own memory in the later half of the rounds against the earlier half, of the process in which it grew most
+    growth     own memory in the later half of the rounds against the earlier, of the process in which it grew most
 
-The first two rounds warm up and are not counted; neither is the last one's memory, since it writes the adapter. The server's
-mathematics is shared out over the processes (aggregation.svd_placement=sharded), which changes no bits. With --limits, the exit
-status is 1 where memory grows by more than 3 %, where a large federation needs more than 1.1 times the memory of the smallest, or
-where more than 10 % of a round is not training.
-A table comes first, one JSON object is the last line.
+The first two rounds warm up and are not counted; nor is the memory of the last one, which writes the adapter. The
+server's mathematics is shared out over the processes (aggregation.svd_placement=sharded), which changes no bits. With
+--limits, the exit status is 1 where memory grows by more than 3 %, where a large federation needs more than 1.1 times
+the memory of the smallest, or where more than 10 % of a round is not training. A table comes first, one JSON object is
+the last line.
 """
 
 import argparse
@@ -79,9 +79,10 @@ def main() -> int:
         row = _measure(options, clients)
         rows.append(row)
         print(
-            f"{clients:7,d} {row['setup_s']:8.1f} {row['round_s']:8.2f} {row['training']:9.1%} {row['gathering']:10.1%} "
-            f"{row['aggregating']:12.1%} {row['evaluating']:11.1%} {row['other']:7.1%} {row['rss_mib']:8.1f} {row['own_mib']:8.1f} "
-            f"{row['growth']:8.2%} {row['test_loss_first']:5.3f} to {row['test_loss_last']:5.3f}",
+            f"{clients:7,d} {row['setup_s']:8.1f} {row['round_s']:8.2f} {row['training']:9.1%} "
+            f"{row['gathering']:10.1%} {row['aggregating']:12.1%} {row['evaluating']:11.1%} {row['other']:7.1%} "
+            f"{row['rss_mib']:8.1f} {row['own_mib']:8.1f} {row['growth']:8.2%} "
+            f"{row['test_loss_first']:5.3f} to {row['test_loss_last']:5.3f}",
             flush=True,
         )
     missed = _missed(rows)
