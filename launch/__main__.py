@@ -4,9 +4,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from fedsim.errors import FedsimError
-from launch import local, sweep
+from launch import check, local, sweep
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"local": local.main, "sweep": sweep.main}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "local": local.main,
+    "sweep": sweep.main,
+    "check": check.main,
+}
 
 USAGE = """\
 usage: python -m launch COMMAND ...

@@ -27,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner.json"
+LAUNCHER_NAMES = {"slurm", "logs", "stop"}
+"""What the launcher or a batch script may have put into a run folder before the run's first start."""
 
 EndStatus = Literal["finished", "preempted", "failed"]
 
@@ -187,9 +189,8 @@ def _not_writable(path: Path, error: OSError) -> RunFolderError:
 def _refuse_foreign_folder(path: Path) -> None:
     """A folder without `config.yaml` may hold nothing but what a start that was cut off leaves there."""
     names = {entry.name for entry in path.iterdir()}
-    foreign = sorted(
-        name for name in names - {LOCK_FILE, OWNER_FILE} if not name.startswith(f".{CONFIG_FILE}-")
-    )
+    ours = {LOCK_FILE, OWNER_FILE, *LAUNCHER_NAMES}
+    foreign = sorted(name for name in names - ours if not name.startswith(f".{CONFIG_FILE}-"))
     if CONFIG_FILE not in names and foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise RunFolderError(
