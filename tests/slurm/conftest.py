@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,10 +15,8 @@ import yaml
 
 from fedsim.main import main
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
-from tests.slurm.jobs import Result, result_of
+from tests.slurm.jobs import Result, Sbatch, Work, result_of
 from tests.slurm.local_slurm import ClusterError, LocalSlurm
-
-ROOT = Path(__file__).resolve().parents[2]
 
 REQUIRED = "FEDSIM_TEST_SLURM"
 """Environment variable: `required` makes the tests fail, not skip, where no cluster can be started."""
@@ -39,7 +37,10 @@ def start_cluster(user_signal: bool) -> Iterator[LocalSlurm]:
     folder = Path(tempfile.mkdtemp(prefix="fedsim-slurm-"))
     cluster = LocalSlurm(folder, user_signal=user_signal)
     try:
-        cluster.up(owner=os.getpid())
+        try:
+            cluster.up(owner=os.getpid())
+        except ClusterError:  # somebody else may have taken a port between the choice and its use
+            cluster.up(owner=os.getpid())
     except ClusterError as error:
         shutil.rmtree(folder)
         if os.environ.get(REQUIRED) == "required":
@@ -76,31 +77,6 @@ def plain_cluster(_plain: LocalSlurm) -> Iterator[LocalSlurm]:
     _plain.reset()
 
 
-@dataclass(frozen=True)
-class Work:
-    """A run whose rounds take some tenths of a second each.
-
-    Attributes:
-        config: the configuration file; its run folders go to `runs`.
-        runs: a folder of this test alone.
-        alone: the result of so many rounds in one process, without Slurm.
-    """
-
-    config: Path
-    runs: Path
-    alone: Callable[[int], Result]
-
-    def arguments(self, name: str, rounds: int, *more: str) -> list[str]:
-        """What fedsim.main gets."""
-        return [
-            str(self.config),
-            f"run.name={name}",
-            f"run.output_dir={self.runs}",
-            f"run.rounds={rounds}",
-            *more,
-        ]
-
-
 @pytest.fixture(scope="session")
 def _small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
@@ -127,23 +103,39 @@ def _small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _alone(_small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Result]:
+def _alone(_small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
     runs = tmp_path_factory.mktemp("alone")
 
-    def run(rounds: int) -> Result:
-        name = f"rounds-{rounds}"
+    def run(rounds: int, *overrides: str) -> Result:
+        name = re.sub("[^a-z0-9.]+", "-", "-".join([f"rounds-{rounds}", *overrides]))
         threads = torch.get_num_threads()
         code = main(
-            [str(_small_config), f"run.output_dir={runs}", f"run.name={name}", f"run.rounds={rounds}"]
+            [
+                str(_small_config),
+                f"run.output_dir={runs}",
+                f"run.name={name}",
+                f"run.rounds={rounds}",
+                *overrides,
+            ]
         )
         torch.set_num_threads(threads)
         assert code == 0
-        return result_of(runs / name)
+        result = result_of(runs / name)
+        assert len({record["test/loss"] for record in result.losses}) == rounds, (
+            "a run that learns nothing proves nothing"
+        )
+        return result
 
     return cache(run)
 
 
 @pytest.fixture
-def work(_small_config: Path, _alone: Callable[[int], Result], tmp_path: Path) -> Work:
+def work(_small_config: Path, _alone: Callable[..., Result], tmp_path: Path) -> Work:
     """The configuration, an empty folder for runs, and what the runs must give."""
     return Work(_small_config, tmp_path / "runs", _alone)
+
+
+@pytest.fixture
+def sbatch(work: Work) -> Sbatch:
+    """Submit a job that runs fedsim."""
+    return Sbatch(work)

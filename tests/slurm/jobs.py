@@ -1,20 +1,24 @@
 """What the tests of jobs need: a job to watch, its processes, and the result of a run without its clock."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.slurm.local_slurm import LocalSlurm
+from tests.slurm.local_slurm import LocalSlurm, signal_all
 
-SECONDS = 150.0
-"""How long a job may take to a state it is waited for; a job of these tests takes about a tenth on an idle machine."""
+ROOT = Path(__file__).resolve().parents[2]
+
+SECONDS = 240.0
+"""How long a job may take to a state it is waited for; on two idle cores it takes about a tenth of that."""
 
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
@@ -30,7 +34,7 @@ def await_true(
     deadline = time.monotonic() + seconds
     while not (value := is_true()):
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}\n{tell()}"
-        time.sleep(0.1)
+        time.sleep(0.2)  # a look starts a program or two
     return value
 
 
@@ -71,14 +75,13 @@ class Job:
         """
 
         def is_over() -> bool:
-            # a job that asks to be requeued is for a moment in the state it would end in
-            return self.state in FINAL and self.field("Requeue") != "" and not self._is_pending()
+            return self.state in FINAL and not self._is_queued()
 
         await_true(f"the end of job {self.name}", is_over, seconds, self.story)
         assert self.state == state, f"job {self.name} ended as {self.state}\n{self.story()}"
 
-    def _is_pending(self) -> bool:
-        return bool(self.cluster.run("squeue", "-h", "-o", "%T", "-j", self.name.partition("_")[0]).strip())
+    def _is_queued(self) -> bool:
+        return bool(self.cluster.run("squeue", "-h", "-j", self.name).strip())
 
     def await_rounds(self, more_than: int = 1) -> None:
         """Until the run has recorded more than so many rounds."""
@@ -87,43 +90,56 @@ class Job:
         )
 
     def await_restart(self, restarts: int) -> None:
-        """Until Slurm has started the job again for the given time, and it runs."""
+        """Until Slurm has started the job again so many times, or more, and it runs."""
         await_true(
             f"restart {restarts} of job {self.name}",
-            lambda: self.restarts == restarts and self.state == "RUNNING",
+            lambda: self.restarts >= restarts and self.state == "RUNNING",
             SECONDS,
             self.story,
         )
 
     def rank_pids(self, rank: int) -> list[int]:
         """Processes of fedsim with the given rank, whichever launcher gave it to them."""
+        job_id = self.field("JobId")
         found = []
         for process in self.cluster.processes():
             env = process.environment
-            if not process.is_job or env.get("SLURM_JOB_ID") != self.field("JobId"):
-                continue
-            if not _is_fedsim(process.pid):
-                continue
-            if env.get("RANK", env.get("SLURM_PROCID")) == str(rank):
+            is_ours = process.is_job and env.get("SLURM_JOB_ID") == job_id
+            if is_ours and env.get("RANK", env.get("SLURM_PROCID")) == str(rank) and _is_fedsim(process.pid):
                 found.append(process.pid)
+        return found
+
+    def await_rank(self, rank: int) -> list[int]:
+        """See `rank_pids`, once there are some."""
+        found: list[int] = await_true(
+            f"rank {rank} of job {self.name}", lambda: self.rank_pids(rank), SECONDS, self.story
+        )
         return found
 
     def kill_rank(self, rank: int) -> None:
         """Wait until that rank runs, and end it as the kernel does when memory is short."""
-        for pid in await_true(
-            f"rank {rank} of job {self.name}", lambda: self.rank_pids(rank), SECONDS, self.story
-        ):
-            os.kill(pid, signal.SIGKILL)
+        signal_all(self.await_rank(rank), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block the run gets no further: however fast this machine is, there is time to interrupt it."""
+        pids = [pid for rank in range(2) for pid in self.await_rank(rank)]
+        signal_all(pids, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            signal_all(pids, signal.SIGCONT)
+
+    def log(self) -> str:
+        """What the batch script has written."""
+        path = Path(self.field("StdOut"))
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def story(self) -> str:
         """Everything that helps to see what went wrong: the job, the record of the run, the ends of its logs."""
         parts = [self.cluster.run("scontrol", "show", "job", self.name)]
-        logs = (
-            sorted(self.run.rglob("*.out"))
-            + sorted(self.run.rglob("*.err"))
-            + sorted(self.run.rglob("*.log"))
-        )
-        for path in [self.run / "run.json", *logs, Path(self.field("StdOut"))]:
+        logs = sorted(path for path in self.run.rglob("*") if path.suffix in (".out", ".err", ".log"))
+        for path in dict.fromkeys([self.run / "run.json", *logs, Path(self.field("StdOut"))]):
             if path.is_file():
                 parts.append(f"== {path}\n{path.read_text(encoding='utf-8', errors='replace')[-3000:]}")
         return "\n".join(parts)
@@ -176,3 +192,72 @@ def result_of(run: Path) -> Result:
             for line in lines
         ),
     )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run whose rounds take some tenths of a second each.
+
+    Attributes:
+        config: the configuration file; its run folders go to `runs`.
+        runs: a folder of this test alone.
+        alone: the result of so many rounds, with any overrides, in one process and without Slurm.
+    """
+
+    config: Path
+    runs: Path
+    alone: Callable[..., Result]
+
+    def arguments(self, name: str, rounds: int, *more: str) -> list[str]:
+        """What fedsim.main gets."""
+        return [
+            str(self.config),
+            f"run.name={name}",
+            f"run.output_dir={self.runs}",
+            f"run.rounds={rounds}",
+            *more,
+        ]
+
+
+class Sbatch:
+    """Submits the templates of slurm/ as a user would, from the root of the repository."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+
+    def __call__(
+        self,
+        cluster: LocalSlurm,
+        name: str,
+        rounds: int,
+        *options: str,
+        template: str = "multi_node",
+        settings: Mapping[str, str] | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Job:
+        """Two nodes with a process on each, unless `options` say otherwise.
+
+        Args:
+            options: of sbatch.
+            settings: environment variables of slurm/lib.sh.
+            overrides: KEY=VALUE for fedsim.main.
+        """
+        logs = self._work.runs / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        given = [
+            "--parsable",
+            "--gpus-per-node=1",
+            "--cpus-per-task=1",
+            "--time=10",
+            f"--output={logs}/%j.out",
+        ]
+        job = cluster.run(
+            "sbatch",
+            *given,
+            *options,
+            f"slurm/{template}.sbatch",
+            *self._work.arguments(name, rounds, *overrides),
+            extra={"FEDSIM_PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **(settings or {})},
+            cwd=ROOT,
+        )
+        return Job(cluster, job.strip(), self._work.runs / name)

@@ -350,12 +350,12 @@ class LocalSlurm:
         """SIGTERM, five seconds, SIGKILL; or SIGKILL at once."""
         deadline = time.monotonic() + (0 if at_once else 5)
         unseen = 0
-        _signal_all(self._pids(which), signal.SIGTERM if not at_once else signal.SIGKILL)
+        signal_all(self._pids(which), signal.SIGTERM if not at_once else signal.SIGKILL)
         while unseen < 2:  # a process may fork while it is looked for
             pids = self._pids(which)
             unseen = 0 if pids else unseen + 1
             if time.monotonic() > deadline:
-                _signal_all(pids, signal.SIGKILL)
+                signal_all(pids, signal.SIGKILL)
             if time.monotonic() > deadline + 10:
                 raise ClusterError(f"processes {pids} do not end")
             time.sleep(0.02)
@@ -407,7 +407,8 @@ def _processes_of(conf: Path) -> Iterator[Process]:
             yield Process(int(folder.name), role, name, ROLE not in environment, environment)
 
 
-def _signal_all(pids: list[int], number: int) -> None:
+def signal_all(pids: list[int], number: int) -> None:
+    """Send a signal to those that are still there."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
