@@ -12,14 +12,16 @@
 #
 #   finished                              leaves with 0
 #   the batch shell had SIGTERM           leaves, never asks for a requeue: scancel, or the end of a time limit
-#   preempted, and the job asked for it   requeues itself (SIGUSR1: the time limit is near, or preemption with a signal)
-#   preempted or cut off by Slurm         requeues itself (it would else count as complete: it ended in the grace time)
+#   cut short by Slurm's preemption       requeues itself (it would else count as complete: it ended in the grace time)
+#   preempted, and the job asked for it   requeues itself (SIGUSR1: the time limit is near; or run.max_minutes is over);
+#                                         where no round was done since it started, that counts as a failure
 #   preempted, otherwise                  leaves with 0: a person asked for it, as with `touch RUN/stop`
 #   failed by a mistake of the user       leaves with 2: the same mistake would be made again
 #   failed otherwise                      requeues itself while the failures in a row without a new checkpoint are at most
 #                                         FEDSIM_MAX_FAILURES, then leaves with the step's code
 #
-# A job that may not requeue itself (FEDSIM_REQUEUE=no) leaves instead, and the next job of its chain goes on.
+# Instead of a requeue, a job of a chain (FEDSIM_CHAIN) leaves, with 0 if it was only stopped, and the next one goes on; one
+# that may not requeue itself (FEDSIM_REQUEUE=no) leaves with 75, or the step's code.
 #
 # Settings, all of them optional, from the environment of sbatch or from the script:
 #
@@ -27,7 +29,7 @@
 #   FEDSIM_PROCESSES           processes on each node; default: its GPUs, without any the tasks on a node (srun) or 1
 #   FEDSIM_MAX_FAILURES        default: 3
 #   FEDSIM_REQUEUE             no: never call `scontrol requeue`
-#   FEDSIM_CHAIN               a name that the jobs of a chain share: failures are counted, and a stop holds, for all
+#   FEDSIM_CHAIN               a name that the jobs of a chain share: no requeue; failures count, and a stop holds, for all
 #   FEDSIM_MODULES             words for `module load`
 #   FEDSIM_VENV                a virtual environment; default: .venv in the working folder, if it is there
 #   FEDSIM_CONDA_ENV           name or folder of a conda environment
@@ -233,7 +235,7 @@ _fedsim_check() {
 
 # A value of run.json's top level. The earlier starts and the configuration in it stand deeper.
 _fedsim_field() {
-    sed -n 's/^ "'"$1"'": "\{0,1\}\([A-Za-z0-9_]*\).*/\1/p' "$fedsim_run_dir/run.json" 2>/dev/null | head -n 1
+    sed -n 's/^ "'"$1"'": "\{0,1\}\([A-Za-z0-9_.]*\).*/\1/p' "$fedsim_run_dir/run.json" 2>/dev/null | head -n 1
 }
 
 _fedsim_fingerprint() {
@@ -307,7 +309,8 @@ _fedsim_run() {
     fedsim_stop_file=$notes/stop-$fedsim_job-$fedsim_restart
     export FEDSIM_STOP_FILE=$fedsim_stop_file
     [[ -z $fedsim_term ]] || _fedsim_leave 143 "ended before the run was started"
-    [[ -z $fedsim_asked ]] || _fedsim_requeue 0 "asked to stop before the run was started"
+    fedsim_first_round=$(_fedsim_round)
+    [[ -z $fedsim_asked ]] || _fedsim_decide 75 preempted
     fedsim_say "job $fedsim_job, start $((fedsim_restart + 1)), on ${SLURM_JOB_NODELIST:-this node}: $fedsim_nodes x" \
         "$fedsim_processes processes by $fedsim_launcher, run folder $fedsim_run_dir"
     _fedsim_start
@@ -340,11 +343,13 @@ _fedsim_decide() {
         ((code)) || code=143
         exit "$code"
     fi
-    if [[ $status == preempted && -n $fedsim_asked ]]; then
-        _fedsim_requeue 0 "it was asked to stop"
-    fi
     if _fedsim_preempted; then
         _fedsim_requeue 0 "Slurm preempted it"
+    fi
+    if [[ $status == preempted && (-n $fedsim_asked || $(_fedsim_field reason) == run.max_minutes) ]]; then
+        [[ $(_fedsim_round) == "$fedsim_first_round" ]] || _fedsim_requeue 0 "it was asked to stop"
+        fedsim_say "no round was done before it had to stop: is the time limit long enough?"
+        _fedsim_count_failure 75
     fi
     if [[ $status == preempted ]]; then
         fedsim_say "stopped on request; the same command goes on"
@@ -374,10 +379,14 @@ _fedsim_count_failure() {
     exit "$code"
 }
 
-# Start over, or leave with the code where that is not to be.
+# Start over. Where that is not to be, leave with the code; 0 stands for work that is left to another job.
 _fedsim_requeue() {
+    if [[ -n ${FEDSIM_CHAIN:-} ]]; then
+        _fedsim_leave "$1" "$2; the next job of the chain goes on"
+    fi
     if [[ ${FEDSIM_REQUEUE:-} == no ]]; then
-        _fedsim_leave "$1" "$2; the next job of the chain, or the same command, goes on"
+        (($1)) || set -- 75 "$2"
+        _fedsim_leave "$1" "$2; the same command goes on where the run stopped"
     fi
     fedsim_say "requeue $fedsim_job: $2"
     trap '' USR1

@@ -1,8 +1,12 @@
 """What a batch script decides (slurm/lib.sh), with fakes of srun, scontrol and of the run itself."""
 
+import contextlib
+import itertools
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +23,9 @@ printf '%s\\n' "$*" >>"$FAKES/srun.txt"
 env >"$FAKES/step.env"
 batch=$PPID
 say() {
-    printf '{\\n "status": "%s",\\n "reason": null,%s\\n "start": "%s",\\n' "$1" "${2:-}" "$RANDOM$RANDOM" >"$RUN/run.json"
+    printf '{\\n "status": "%s",\\n "reason": "%s",\\n' "$1" "${2:-}" >"$RUN/run.json"
+    printf ' "start": "%s",\\n' "$RANDOM$RANDOM" >>"$RUN/run.json"
+    [[ -z $3 ]] || printf ' "user_error": %s,\\n' "$3" >>"$RUN/run.json"
     printf ' "config": {\\n  "status": "finished"\\n },\\n' >>"$RUN/run.json"
     printf ' "history": [\\n  {\\n   "status": "finished"\\n  }\\n ]\\n}\\n' >>"$RUN/run.json"
 }
@@ -119,7 +125,7 @@ def job(tmp_path: Path) -> Job:
     return Job(fakes, tmp_path / "a run")
 
 
-USR1 = 'kill -USR1 "$batch"; until_asked; say preempted; exit 1'
+USR1 = 'kill -USR1 "$batch"; until_asked; round 1; say preempted; exit 1'
 PREEMPTED = "JobId=4711 StartTime=2026-01-02T10:00:00 PreemptEligibleTime=2026-01-02T09:00:00 PreemptTime={} Restarts=1"
 
 TABLE = [
@@ -127,6 +133,7 @@ TABLE = [
     ("finished", "say finished; exit 0", "", 0, False),
     ("finished, and torchrun then stumbles", "say finished; exit 1", "", 0, False),
     ("stopped as the job asked", USR1, "", REQUEUED, True),
+    ("stopped by run.max_minutes", "round 1; say preempted 'run.max_minutes=9: 8 ...'; exit 75", "", REQUEUED, True),
     ("stopped by a person", "say preempted; exit 75", "", 0, False),
     ("preempted by Slurm, stopped in time", "say preempted; exit 1", "2026-01-02T10:05:00", REQUEUED, True),
     ("preempted by Slurm, cut off", "say running; exit 143", "2026-01-02T10:05:00", REQUEUED, True),
@@ -142,8 +149,8 @@ TABLE = [
     ("died before it wrote anything", "exit 1", "", REQUEUED, True),
     ("failed while it was asked", 'kill -USR1 "$batch"; until_asked; say failed; exit 1', "", REQUEUED, True),
     ("a mistake, by its exit code", "exit 2", "", 2, False),
-    ("a mistake, by its record", """say failed '\n "user_error": true,'; exit 1""", "", 2, False),
-    ("no mistake, by its record", """say failed '\n "user_error": false,'; exit 1""", "", REQUEUED, True),
+    ("a mistake, by its record", "say failed 'ModelError: ...' true; exit 1", "", 2, False),
+    ("no mistake, by its record", "say failed 'RuntimeError: ...' false; exit 1", "", REQUEUED, True),
     ("nothing to do", "exit 0", "", 0, False),
 ]  # fmt: skip
 
@@ -183,6 +190,25 @@ def test_it_gives_up_when_nothing_moves_and_not_before(job: Job) -> None:
     assert (last.code, last.requeues) == (13, [])
     assert "giving up: failure 3 in a row at round 1" in last.text
     assert fail(":").code == REQUEUED  # started again by a person
+
+
+def test_a_time_limit_that_is_too_short_for_a_round_does_not_go_on_for_ever(job: Job) -> None:
+    step = 'kill -USR1 "$batch"; until_asked; say preempted; exit 1'
+
+    ends = [job.start(step, FEDSIM_MAX_FAILURES="1") for _ in range(2)]
+
+    assert [(end.code, len(end.requeues)) for end in ends] == [(REQUEUED, 1), (75, 0)]
+    assert "no round was done before it had to stop: is the time limit long enough?" in ends[0].text
+
+
+def test_a_stop_that_comes_before_the_step_starts_none(job: Job) -> None:
+    # the signal goes to the batch shell, whose subshell is the parent of the check
+    asking = PYTHON.replace("shift 4", 'kill -USR1 "$(ps -o ppid= -p $PPID)"; shift 4')
+    (job.fakes / "python").write_text(asking)
+
+    ended = job.start("say finished")
+
+    assert (ended.code, ended.steps, ended.requeues) == (REQUEUED, [], ["4711"])
 
 
 def test_a_round_number_with_zeros_is_decimal(job: Job) -> None:
@@ -244,11 +270,18 @@ def test_where_a_requeue_is_refused_the_code_says_that_work_is_left(job: Job) ->
     assert "the requeue was refused" in ended.text
 
 
+def test_where_a_requeue_is_forbidden_none_is_asked_for(job: Job) -> None:
+    stopped, failed = job.start(USR1, FEDSIM_REQUEUE="no"), job.start("exit 3", FEDSIM_REQUEUE="no")
+
+    assert [(end.code, end.requeues) for end in (stopped, failed)] == [(75, []), (3, [])]
+    assert "the same command goes on where the run stopped" in stopped.text
+
+
 class TestChain:
     """Jobs behind each other, for sites that forbid a requeue."""
 
     def test_a_stop_of_the_job_leaves_the_rest_to_the_next(self, job: Job) -> None:
-        chain = {"FEDSIM_REQUEUE": "no", "FEDSIM_CHAIN": "c1"}
+        chain = {"FEDSIM_CHAIN": "c1"}
 
         first = job.start(USR1, **chain)
         second = job.start("say finished", SLURM_JOB_ID="4712", **chain)
@@ -256,18 +289,18 @@ class TestChain:
         assert (first.code, first.requeues, second.code, len(second.steps)) == (0, [], 0, 1)
 
     def test_a_stop_by_a_person_holds_for_the_whole_chain(self, job: Job) -> None:
-        chain = {"FEDSIM_REQUEUE": "no", "FEDSIM_CHAIN": "c1"}
+        chain = {"FEDSIM_CHAIN": "c1"}
 
         job.start("say preempted; exit 75", **chain)
         second = job.start("say finished", SLURM_JOB_ID="4712", **chain)
-        other = job.start("say finished", FEDSIM_REQUEUE="no", FEDSIM_CHAIN="c2")
+        other = job.start("say finished", FEDSIM_CHAIN="c2")
 
         assert (second.code, second.steps) == (0, [])
         assert "an earlier job of this chain was stopped on request" in second.text
         assert len(other.steps) == 1
 
     def test_failures_are_counted_over_its_jobs(self, job: Job) -> None:
-        chain = {"FEDSIM_REQUEUE": "no", "FEDSIM_CHAIN": "c1", "FEDSIM_MAX_FAILURES": "1"}
+        chain = {"FEDSIM_CHAIN": "c1", "FEDSIM_MAX_FAILURES": "1"}
 
         ends = [job.start("say failed; exit 3", SLURM_JOB_ID=str(number), **chain) for number in (1, 2, 3)]
 
@@ -298,6 +331,17 @@ class TestStep:
             "--nproc_per_node 2 --max_restarts 0 --rdzv_backend c10d --rdzv_endpoint n1:24711 --rdzv_id 4711.3 "
             "-m fedsim.main"
         ]
+
+    def test_a_port_that_is_taken_is_left_alone(self, job: Job) -> None:
+        with contextlib.ExitStack() as servers:
+            for number in itertools.count(4711):
+                with contextlib.suppress(OSError):
+                    servers.enter_context(socket.create_server(("127.0.0.1", 20000 + number)))
+                    break
+            (step,) = job.start("say finished", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID=str(number)).steps
+        (port,) = re.findall(r"--rdzv_endpoint n1:(\d+) ", step)
+        assert 20000 <= int(port) < 30000
+        assert int(port) != 20000 + number
 
     def test_plain_srun(self, job: Job) -> None:
         ended = job.start(
