@@ -139,7 +139,8 @@ def test_node_dies(launcher: str, cluster: LocalSlurm, work: Work, sbatch: Sbatc
     await_true("n2 to be given up", lambda: "down" in cluster.run("sinfo", "-h", "-n", "n2", "-o", "%T"))
     cluster.restore("n2")
     job.wait()
-    assert job.restarts == 1
+    # a minute later Slurm tells the node again to end the job, which on a slow machine hits the second start
+    assert job.restarts >= 1
     assert_same_bits(job, work)
 
 
