@@ -18,7 +18,7 @@ from tests.slurm.local_slurm import LocalSlurm, signal_all
 ROOT = Path(__file__).resolve().parents[2]
 
 SECONDS = 400.0
-"""How long a job may take to a state it is waited for; on two idle cores a case of these tests takes a tenth of that."""
+"""How long a job may take to a state it is waited for; on two idle cores it takes a tenth of that."""
 
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
