@@ -49,14 +49,11 @@ def submit_sweep(options: argparse.Namespace, arms: Sequence[Arm]) -> int:
     base = parse_command_line(list(options.rest)).config
     folder = sweep_folder(base)
     planned = plan_elements(options.rest, arms, base)
-    unfinished = [
-        run for run in planned if not refuse_unusable(run.config).is_finished(run.config.run.rounds)
-    ]
     _refuse_second(folder, options.resubmit)
-    is_trial = options.dry_run or options.test
-    if not is_trial:
+    if not options.dry_run:
         slurm.require("sbatch", "squeue")
-        unfinished = _without_active(unfinished, options.resubmit)
+    idle = planned if options.dry_run or options.test else _without_active(planned, options.resubmit)
+    unfinished = [run for run in idle if not refuse_unusable(run.config).is_finished(run.config.run.rounds)]
     if not unfinished:
         print(f"{folder}: of {len(planned)} runs none is left to submit: all are finished, or have a job")
         return 0
@@ -73,7 +70,6 @@ def submit_sweep(options: argparse.Namespace, arms: Sequence[Arm]) -> int:
             print(f"# line {index}: {run.element.folder} {shlex.join(run.element.overrides)}".rstrip())
         return 0
     if options.test:
-        slurm.require("sbatch")
         print(slurm.test_only(script, parts[0].options(job)))
         return 0
     for note in advice(base, job):

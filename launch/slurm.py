@@ -1,13 +1,15 @@
 """Slurm's commands, by their text output, which hardly changes from release to release."""
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.errors import SchedulerError
+from launch.local import LAUNCHER_VARIABLES
 
 DEFAULT_MAX_ARRAY_SIZE = 1001
 """What Slurm has unless its slurm.conf says otherwise."""
@@ -53,8 +55,7 @@ def submit(script: Path, options: Sequence[str], arguments: Sequence[str] = ()) 
     Raises:
         SchedulerError: sbatch refuses.
     """
-    command = submit_command(script, options, arguments)
-    done = _run(command)
+    done = _run(submit_command(script, options, arguments), environment=outside_of_jobs(os.environ))
     job_id = done.stdout.strip().partition(";")[0]
     if done.returncode != 0 or not re.fullmatch(r"[0-9]+", job_id):
         raise SchedulerError(f"sbatch refused the job: {_told(done) or f'code {done.returncode}'}")
@@ -72,7 +73,7 @@ def test_only(script: str, options: Sequence[str]) -> str:
     Raises:
         SchedulerError: it would be refused.
     """
-    done = _run(["sbatch", "--test-only", *options], stdin=script)
+    done = _run(["sbatch", "--test-only", *options], stdin=script, environment=outside_of_jobs(os.environ))
     if done.returncode != 0:
         raise SchedulerError(f"sbatch would refuse the job: {_told(done) or f'code {done.returncode}'}")
     return _told(done)
@@ -169,11 +170,24 @@ def _told(done: "subprocess.CompletedProcess[str]") -> str:
     return " ".join((done.stderr or done.stdout).split())
 
 
-def _run(command: Sequence[str], stdin: str | None = None) -> "subprocess.CompletedProcess[str]":
+def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables without those of a job or a launcher that this process runs in, which a new job would inherit."""
+    foreign = set(LAUNCHER_VARIABLES)
+    if "SLURM_JOB_ID" in environment:
+        foreign |= {name for name in environment if name.startswith(("SLURM_", "SLURMD_", "SRUN_"))} - {
+            "SLURM_CONF"
+        }
+    return {name: value for name, value in environment.items() if name not in foreign}
+
+
+def _run(
+    command: Sequence[str], stdin: str = "", environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(
             command,
-            input=stdin or "",
+            input=stdin,
+            env=environment,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,

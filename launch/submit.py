@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> int:
     config = checked_config([*options.rest, *extra])
     job = build_job(options, os.environ)
     folder = run_folder(config)
+    if not options.dry_run:
+        slurm.require("sbatch")
+        refuse_active(folder)
     state = refuse_unusable(config)
     if state.is_finished(config.run.rounds):
         raise RunFolderError(
@@ -44,11 +47,9 @@ def main(arguments: Sequence[str]) -> int:
         for command in commands(place, job, parts):
             print(f"# {command}")
         return 0
-    slurm.require("sbatch")
     if options.test:
         print(slurm.test_only(script, parts[0].options(job)))
         return 0
-    refuse_active(folder)
     for note in advice(config, job):
         sys.stderr.write(f"launch: note: {note}\n")
     texts = {records.CONFIG: to_yaml(config), records.SCRIPT: script}

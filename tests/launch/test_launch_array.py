@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fedsim.config.loader import load_config
 from fedsim.errors import ConfigError
@@ -140,9 +141,11 @@ def test_resubmit_sends_what_has_not_finished_and_has_no_job(
     assert "was submitted before; --resubmit sends what has not finished" in capsys.readouterr().err
     leave_run(cluster.runs / NAMES[0], "finished", rounds=8, **{"lora.rank": 2, "run.seed": 0})
     leave_run(cluster.runs / NAMES[1], "failed", rounds=3, **{"lora.rank": 2, "run.seed": 1})
+    leave_run(cluster.runs / NAMES[2], "running", rounds=1, **{"lora.rank": 4, "run.seed": 0})
     cluster.queue("101_2|RUNNING|n1")
 
-    assert sweep(cluster, "--resubmit") == 0
+    with FileLock(cluster.runs / NAMES[2] / "run.lock"):
+        assert sweep(cluster, "--resubmit") == 0
 
     folder = cluster.runs / "s.sweep"
     assert cluster.calls("sbatch")[1:] == [f"[--parsable][--array=0-1][{folder}/slurm/0002/job.sbatch][0]"]

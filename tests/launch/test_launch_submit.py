@@ -122,6 +122,29 @@ def test_where_slurm_refuses_a_job_nothing_is_left(
     assert not (cluster.runs / "mine").exists()
 
 
+def test_a_job_inherits_nothing_of_a_job_that_submits_it(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cluster.fakes / "sbatch").write_text('#!/usr/bin/env bash\nenv >"$FAKES/seen.txt"; echo 101\n')
+    given = {
+        "SLURM_CPUS_PER_TASK": "9",
+        "SRUN_CPUS_PER_TASK": "9",
+        "RANK": "0",
+        "SLURM_CONF": "/c",
+        "SBATCH_QOS": "q",
+    }
+    for name, value in {"SLURM_JOB_ID": "5", **given}.items():
+        monkeypatch.setenv(name, value)
+
+    main(["submit", *arguments(cluster)])
+
+    seen = (cluster.fakes / "seen.txt").read_text().splitlines()
+    assert sorted(line for line in seen if line.partition("=")[0] in given) == [
+        "SBATCH_QOS=q",
+        "SLURM_CONF=/c",
+    ]
+
+
 def test_dry_run_shows_script_and_command_and_writes_nothing(
     cluster: Cluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,11 +279,13 @@ class TestFolder:
 
     def test_with_a_job(self, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
         main(["submit", *arguments(cluster)])
-        cluster.queue("101|PENDING|(Priority)", "999|RUNNING|n1")
+        leave_run(cluster.runs / "mine", "running", rounds=1)
+        cluster.queue("101|RUNNING|n1", "999|RUNNING|n1")
 
-        assert main(["submit", *arguments(cluster)]) == 2
+        with FileLock(cluster.runs / "mine" / "run.lock"):
+            assert main(["submit", *arguments(cluster)]) == 2
         assert (
-            "has a job already: 101 (PENDING); wait for it, or `python -m launch cancel"
+            "has a job already: 101 (RUNNING); wait for it, or `python -m launch cancel"
             in capsys.readouterr().err
         )
         assert cluster.calls("squeue") == ["[--noheader][--array][--jobs=101][--format=%i|%T|%R]"]
