@@ -57,3 +57,22 @@ class PeerError(FedsimError):
         super().__init__(message)
         self.user_error = user_error
         self.failed_here = failed_here
+
+
+class LostRankError(FedsimError):
+    """Other ranks no longer answer: they ended, hang, or cannot be reached. Nothing the user's configuration did.
+
+    Attributes:
+        failed_here: True if this rank's own work had failed as well.
+    """
+
+    def __init__(self, message: str, *, failed_here: bool = False) -> None:
+        super().__init__(message)
+        self.failed_here = failed_here
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the user can mend it, so that the same command would fail again; else a bug, or a machine that failed."""
+    if isinstance(error, PeerError):
+        return error.user_error
+    return isinstance(error, FedsimError) and not isinstance(error, LostRankError)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +13,13 @@ from pathlib import Path
 import torch
 
 from fedsim.atomic import replace_folder, write_text_atomic
-from fedsim.comm.agree import all_or_none, on_root, root_first, same_everywhere
+from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
 from fedsim.config.loader import SAFE_KEYS, to_tree, to_yaml
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError
+from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError, is_user_error
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.lowrank import combine
 from fedsim.lora.payload import pickled_payload_mib
@@ -45,9 +46,19 @@ from fedsim.server.checkpoint import (
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
+from fedsim.stopping import (
+    EXIT_PREEMPTED,
+    STOP_FILE,
+    STOP_FILE_VARIABLE,
+    Preempted,
+    StopRequests,
+    StopWatch,
+    TimeBudget,
+)
 from fedsim.tracking.environment import describe_environment
 from fedsim.tracking.metrics import ClientTable, MetricsLog
 from fedsim.tracking.progress import Progress, build_progress, logs_through
+from fedsim.tracking.rank_log import rank_log
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
 
@@ -72,12 +83,19 @@ def dry_run(config: Config, group: Group) -> str:
     return "\n".join(summary.lines())
 
 
-def simulate(config: Config, group: Group) -> None:
+def simulate(config: Config, group: Group, requests: StopRequests | None = None) -> None:
     """Run, or resume, until the last round, and leave a complete run folder.
+
+    Args:
+        config: of the run.
+        group: the processes.
+        requests: to stop, by signals.
 
     Raises:
         PeerError, FedsimError: the run cannot start or go on. What was completed up to the last checkpoint stays.
+        Preempted: it was asked to stop, and has.
     """
+    stops = _build_stops(config, requests or StopRequests())
     with contextlib.ExitStack() as open_things:
         records = None
         finished = False
@@ -90,15 +108,68 @@ def simulate(config: Config, group: Group) -> None:
                 "run %s is finished (%d rounds); nothing to do", _folder_path(config), config.run.rounds
             )
             return
-        summary, data = _prepare_data(config, group)
-        base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
-        same_everywhere(group, "the base model", base.fingerprint)
-        with all_or_none(group, "setting up the run"):
-            run = build_run(config, group, base, data, summary.tiers, summary.strategy)
-        with all_or_none(group, "opening the run folder"):
-            if group.rank == 0 and records is None:
-                records = _open_new(config, open_things)
-        _run_rounds(config, run, base, summary, records)
+        try:
+            summary, data = _prepare_data(config, group)
+            _stop_if_asked(group, stops, "before the base was loaded")
+            base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
+            same_everywhere(group, "the base model", base.fingerprint)
+            with all_or_none(group, "setting up the run"):
+                run = build_run(config, group, base, data, summary.tiers, summary.strategy)
+            with all_or_none(group, "opening the run folder"):
+                if group.rank == 0 and records is None:
+                    records = _open_new(config, open_things)
+            _run_rounds(config, run, base, summary, records, stops)
+        except BaseException as error:
+            stops.ends(error)
+            if group.rank == 0:
+                _record_early_end(config, open_things, records, error)
+                if isinstance(error, Preempted):
+                    stops.obeyed()
+            if isinstance(error, PeerError | Preempted):
+                # every rank is here: none leaves, and so lets the launcher end the others, before rank 0 has written
+                group.gather_objects(None)
+            raise
+
+
+def _build_stops(config: Config, requests: StopRequests) -> StopWatch:
+    minutes = config.run.max_minutes
+    other = os.environ.get(STOP_FILE_VARIABLE)
+    return StopWatch(
+        requests,
+        _folder_path(config) / STOP_FILE,
+        [Path(other)] if other else [],
+        TimeBudget(None if minutes is None else 60 * minutes, requests.began_s),
+    )
+
+
+def _stop_if_asked(group: Group, stops: StopWatch, when: str) -> None:
+    """Raise `Preempted` on every rank if any of them is asked to stop."""
+    reason = first_reason(group, stops.reason())
+    if reason is not None:
+        raise Preempted(f"{reason}, {when}")
+
+
+def _record_early_end(
+    config: Config, open_things: contextlib.ExitStack, records: "Records | None", error: BaseException
+) -> None:
+    """Write down how a start ended that did not come as far as its first record; a finished run stays what it is.
+
+    A mistake in the configuration of a new run leaves no folder behind.
+    """
+    with contextlib.suppress(FedsimError):  # the error that ended the start is the one to show
+        if records is None and (isinstance(error, Preempted) or _folder_path(config).is_dir()):
+            records = _open_new(config, open_things)
+        if records is not None and not records.folder.started and records.folder.status() != "finished":
+            _record_end(records, error)
+
+
+def _record_end(records: "Records", error: BaseException) -> None:
+    """Write how a run ended that did not finish."""
+    if isinstance(error, Preempted):
+        records.folder.finish("preempted", str(error))
+        return
+    reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else str(error)
+    records.folder.finish("failed", f"{type(error).__name__}: {reason}", user_error=is_user_error(error))
 
 
 @dataclass(frozen=True)
@@ -198,13 +269,22 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
 
 
 def _run_rounds(
-    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
+    config: Config,
+    run: Run,
+    base: BaseModel,
+    summary: RunSummary,
+    records: Records | None,
+    stops: StopWatch,
 ) -> None:
     """All rounds that are left, on every rank; `records` is None except on rank 0."""
     group = run.group
     state = _start_state(run, base, summary, records)
-    with _reporting(config, group, base, summary, records) as (progress, tracker):
+    with (
+        rank_log(_folder_path(config), group.rank, lambda: group.place),
+        _reporting(config, group, base, summary, records, stops) as (progress, tracker),
+    ):
         run = replace(run, watch=progress)
+        _stop_if_asked(group, stops, f"before round {state.round_index + 1}")
         initial_loss = None
         if state.round_index == 0 and run.strategy.traits.has_global_model:
             initial_loss = measure_global(run, state, "evaluation before round 0").mean
@@ -212,10 +292,16 @@ def _run_rounds(
                 _check_finite(initial_loss, base.name)
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
+        stops.budget.rounds_begin()
         while state.round_index < run.rounds:
             round_index = state.round_index
             before = state
             state, report = run_round(state, run)
+            stops.budget.round_over()
+            logger.debug(
+                "round %d of %d is done, %.1f s", state.round_index, run.rounds, report.seconds["round_s"]
+            )
+            asked = first_reason(group, stops.reason())
             with all_or_none(group, f"recording round {round_index}"):
                 if records is not None:
                     metrics = round_metrics(report, _payload_mib(run, before, report))
@@ -225,13 +311,15 @@ def _run_rounds(
                     records.clients.append_rows(client_rows(report))
                     if report.spectra:
                         records.spectra.append({"round_index": round_index, **report.spectra})
-                    if _checkpoint_is_due(config, state):
+                    if asked is not None or _checkpoint_is_due(config, state):
                         records.clients.flush()
                         save_checkpoint(state, records.checkpoints, config.checkpoint.keep_last)
                         if state.client_versions:  # else no checkpoint need be read again
                             run.store.drop_superseded(kept_client_versions(records.checkpoints))
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
+            if asked is not None and state.round_index < run.rounds:
+                raise Preempted(f"{asked}, after round {state.round_index} of {run.rounds}")
         with all_or_none(group, "writing the adapter"):
             if records is not None:
                 _finish(config, run, base, state, records, tracker)
@@ -288,7 +376,12 @@ def _payload_mib(run: Run, before: ServerState, report: RoundReport) -> float | 
 
 @contextlib.contextmanager
 def _reporting(
-    config: Config, group: Group, base: BaseModel, summary: RunSummary, records: Records | None
+    config: Config,
+    group: Group,
+    base: BaseModel,
+    summary: RunSummary,
+    records: Records | None,
+    stops: StopWatch,
 ) -> Iterator[tuple[Progress, Tracker]]:
     """Open what shows and mirrors the run, on rank 0; write down how the run ended if it did not finish."""
     progress = build_progress(config.tracking.progress if group.rank == 0 else "off", sys.stderr)
@@ -317,14 +410,11 @@ def _reporting(
                     progress.note(line)
         yield progress, tracker
     except BaseException as error:
+        stops.ends(error)
         if records is not None:
-            reason = "interrupted by the user" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(FedsimError):  # the error that ended the run is the one to show
-                records.folder.finish("failed", f"{type(error).__name__}: {reason}")
-        tracker.finish(1)
-        if isinstance(error, PeerError):
-            # every rank is here: none leaves, and so lets the launcher end the others, before rank 0 has written
-            group.gather_objects(None)
+                _record_end(records, error)
+        tracker.finish(EXIT_PREEMPTED if isinstance(error, Preempted) else 1)
         raise
     finally:
         progress.stop()

@@ -6,6 +6,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCH_CPP_LOG_LEVEL"] = (
+    "ERROR"  # as fedsim.main does, for the server that test processes are forked from
+)
 
 from pathlib import Path
 

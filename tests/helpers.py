@@ -139,12 +139,16 @@ def _rank_main(
 
 
 def run_program(
-    arguments: Sequence[str], world_size: int, tmp_path: Path, timeout_s: float = 120.0
+    arguments: Sequence[str],
+    world_size: int,
+    tmp_path: Path,
+    timeout_s: float = 120.0,
+    meanwhile: Callable[[list[int]], None] | None = None,
 ) -> list[tuple[int | None, str]]:
     """Call `fedsim.main` in `world_size` real processes, as a launcher would; exit code and standard error of each.
 
     The processes are forked from a server that has imported what they need, which saves seconds for each. The exit
-    code of a process that does not end in time is None.
+    code of a process that does not end in time is None. `meanwhile` is called with their ids while they run.
     """
     context = _preloaded_context()
     with socket.socket() as free:
@@ -167,9 +171,11 @@ def run_program(
         )
         for rank in range(world_size)
     ]
-    deadline = time.monotonic() + timeout_s
     for process in processes:
         process.start()
+    if meanwhile is not None:
+        meanwhile([process.pid for process in processes])
+    deadline = time.monotonic() + timeout_s
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from fedsim.comm.group import Group
-from fedsim.errors import FedsimError, PeerError
+from fedsim.errors import FedsimError, LostRankError, PeerError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -18,13 +18,20 @@ def agree(group: Group, what: str, error: Exception | None) -> None:
 
     Raises:
         PeerError: `what` failed somewhere; on a rank that failed it is raised from that rank's own error.
+        LostRankError: some rank did not answer.
     """
     if group.world_size == 1:
         if error is not None:
             raise error
         return
     mine = None if error is None else (type(error).__name__, str(error), isinstance(error, FedsimError))
-    outcomes = group.gather_objects(mine)
+    try:
+        outcomes = group.gather_objects(mine)
+    except LostRankError as lost:
+        if error is None:
+            raise
+        # what happened here is not to be lost with the others
+        raise LostRankError(f"{lost}; here, {type(error).__name__}: {error}", failed_here=True) from error
     failures = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
     if not failures:
         return
@@ -49,6 +56,7 @@ def all_or_none(group: Group, what: str) -> Iterator[None]:
         PeerError: see `agree`.
     """
     error: Exception | None = None
+    group.note(what)
     try:
         yield
     except Exception as caught:
@@ -97,14 +105,19 @@ def consume_stream(
     """
     result: R | None = None
     error: Exception | None = None
+    group.note(what)
     if function is not None:
         try:
             result = function(stream)
+        except LostRankError:
+            raise
         except Exception as caught:
             error = caught
     try:
         for _ in stream:
             pass
+    except LostRankError:
+        raise
     except Exception as caught:
         error = error or caught
     agree(group, what, error)
@@ -117,6 +130,7 @@ def same_everywhere(group: Group, what: str, value: str) -> None:
     Raises:
         PeerError: the values differ; the message shows which rank has which.
     """
+    group.note(f"comparing {what}")
     values = group.gather_objects(value)
     if len(set(values)) > 1:
         shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(values))
@@ -125,6 +139,21 @@ def same_everywhere(group: Group, what: str, value: str) -> None:
             user_error=True,
             failed_here=True,
         )
+
+
+def first_reason(group: Group, mine: str | None) -> str | None:
+    """A reason that some rank has, the same on every rank; None if none has any.
+
+    Args:
+        group: the processes.
+        mine: this rank's reason, in a few words.
+    """
+    group.note_part("asking whether to stop")
+    reasons = group.gather_objects(mine)
+    found = next((reason for reason in reasons if reason is not None), None)
+    if found is None or None not in reasons:
+        return found
+    return f"{found} on {_ranks([rank for rank, reason in enumerate(reasons) if reason == found])}"
 
 
 def _ranks(ranks: list[int]) -> str:

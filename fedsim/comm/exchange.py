@@ -70,6 +70,7 @@ def gather_reports(group: Group, updates: Sequence[ClientUpdate]) -> tuple[Clien
     Raises:
         AggregationError: a client was trained twice.
     """
+    group.note_part("gathering the reports")
     everywhere = group.gather_objects([update.report for update in updates])
     reports = sorted((report for part in everywhere for report in part), key=lambda report: report.client_id)
     ids = [report.client_id for report in reports]
@@ -130,6 +131,7 @@ def _gather_module(
         flat = flatten(adapters[client][module], sides)
         buffer[position : position + flat.numel()] = flat
         position += flat.numel()
+    group.note_part(f"gathering the factors of {module}")
     # nothing travels: an empty buffer is not worth a collective, and every rank knows
     everywhere = group.all_gather(buffer) if max(lengths) else [buffer] * group.world_size
     received: dict[int, LoraFactors] = {}
@@ -187,6 +189,7 @@ def broadcast_state(group: Group, known: ServerState | None, state: ServerState 
     if group.world_size == 1:
         assert state is not None
         return state.to(group.device)
+    group.note_part("sending the new state")
     before = {} if known is None else known.adapters()
     plan = None
     mine: Mapping[str, AdapterState] = {}
@@ -216,6 +219,7 @@ def share_modules(group: Group, part: AdapterState, modules: Sequence[str]) -> A
         part: the modules that this rank worked out, none included.
         modules: the order of all modules; those that no rank holds are left out.
     """
+    group.note_part("sharing the aggregated modules")
     by_rank: list[dict[str, FactorsShape]] = group.gather_objects(_shapes(part))
     owner = {module: rank for rank, shapes in enumerate(by_rank) for module in shapes}
     return AdapterState(

@@ -1,8 +1,12 @@
 """The group of processes that run one simulation."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -11,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedsim.errors import ConfigError
+from fedsim.comm.marks import Marks
+from fedsim.comm.meeting import NETWORK_HINT, MeetingPoint, first_line
+from fedsim.errors import ConfigError, LostRankError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +56,19 @@ class Group(Protocol):
         """Rank `source`'s tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
         ...
 
+    def note(self, what: str) -> None:
+        """What this process does from now on, for messages. Not collective."""
+        ...
+
+    def note_part(self, part: str) -> None:
+        """Which part of what it noted last. Not collective."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """What was noted last, in words. Not collective."""
+        ...
+
     def close(self) -> None:
         """Leave the group."""
         ...
@@ -63,6 +82,7 @@ class SoloGroup:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+        self.place = "starting"
 
     def gather_objects(self, value: Any) -> list[Any]:
         """[value]."""
@@ -80,44 +100,134 @@ class SoloGroup:
         """The tensor itself."""
         return tensor
 
+    def note(self, what: str) -> None:
+        """See `Group`."""
+        self.place = what
+
+    def note_part(self, part: str) -> None:
+        """Nobody waits for a part."""
+
     def close(self) -> None:
         """Nothing to leave."""
 
 
 class TorchGroup:
-    """The default process group of torch.distributed."""
+    """The default process group of torch.distributed, and the marks of its processes.
 
-    def __init__(self, device: torch.device | str) -> None:
+    After an exchange has failed every later one fails at once, with the same error.
+
+    Args:
+        device: see `Group`.
+        marks: where the processes are.
+        timeout_s: after which an exchange fails.
+        asked_to_end: whether a signal asks this process to end.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        marks: Marks,
+        timeout_s: float,
+        asked_to_end: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.device = torch.device(device)
+        self._marks = marks
+        self._timeout_s = timeout_s
+        self._asked_to_end = asked_to_end
+        self._lost: LostRankError | None = None
+        marks.each_beat(self._end_if_stuck)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """See `Group`."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._exchange():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
         """See `Group`."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self._exchange():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """See `Group`."""
         received = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(received, tensor)
+        with self._exchange():
+            dist.all_gather(received, tensor)
         return received
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Group`."""
-        dist.broadcast(tensor, src=source)
+        with self._exchange():
+            dist.broadcast(tensor, src=source)
         return tensor
+
+    def note(self, what: str) -> None:
+        """See `Group`."""
+        self._marks.note(what)
+
+    def note_part(self, part: str) -> None:
+        """See `Group`."""
+        self._marks.note_part(part)
+
+    @property
+    def place(self) -> str:
+        """See `Group`."""
+        return self._marks.place
 
     def close(self) -> None:
         """Destroy the process group."""
+        self._marks.stop(failed=False)
         dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around an exchange: says who is missing if it fails.
+
+        Raises:
+            LostRankError: the connection broke, or the time is over.
+        """
+        if self._lost is not None:
+            raise self._lost
+        try:
+            with self._marks.exchange():
+                yield
+        except RuntimeError as error:
+            if not re.search(_BROKEN, str(error), re.IGNORECASE):
+                raise
+            self._lost = LostRankError(self._marks.explain(self._timeout_s))
+            self._marks.stop(failed=True)
+            if self.rank == 0:
+                time.sleep(_LINGER_S)
+            raise self._lost from error
+
+    def _end_if_stuck(self) -> None:
+        """End a process whose main thread waits for what will not come; called with each mark, in another thread.
+
+        The launcher has told it to end because another process has; or the library does not keep the time limit.
+        """
+        if self._asked_to_end() and (silent := self._marks.silent()):
+            logger.warning(
+                "%s: ending as asked, since rank %s has ended or is stopped", self.place, silent[0]
+            )
+            os._exit(128 + signal.SIGTERM)
+        if self._marks.waited_s > self._timeout_s + _PATIENCE_S:
+            logger.error("%s", self._marks.explain(self._timeout_s))
+            os._exit(1)
+
+
+_BROKEN = r"timed? ?out|connect|peer|socket|broken pipe|network|reset|remote"
+"""In the text of an error of gloo, NCCL or their store: it is about the other processes. Others are bugs."""
+
+_PATIENCE_S = 10.0
+"""How much later than the library the process itself ends an exchange."""
+
+_LINGER_S = 2.0
+"""How long rank 0, which may hold the marks of all, stays for the others to read them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +279,16 @@ def _variable(environment: Mapping[str, str], name: str) -> int:
         ) from error
 
 
-def choose_device(wanted: str, world: World, num_gpus: int) -> torch.device:
+def sees_only_its_own_gpus(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Slurm shows each task of a step other GPUs, as with --gpus-per-task; by number they all begin at 0."""
+    if "SLURM_STEP_ID" not in environment or "GROUP_WORLD_SIZE" in environment:
+        return False  # torchrun hands what its one task sees to all its processes
+    per_task = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_TRES_PER_TASK", "")
+    bound = environment.get("SLURM_GPU_BIND", "").startswith(("single:", "per_task:", "map_gpu:"))
+    return bound or per_task.isdecimal() or "gpu" in per_task
+
+
+def choose_device(wanted: str, world: World, num_gpus: int, *, own_gpus: bool = False) -> torch.device:
     """The device of a process: the GPU of its local rank, or the CPU.
 
     "auto" takes GPUs only where each process of the node has one to itself, since NCCL does not let two share one.
@@ -178,6 +297,7 @@ def choose_device(wanted: str, world: World, num_gpus: int) -> torch.device:
         wanted: "auto", "cpu" or "cuda".
         world: the place of the process.
         num_gpus: GPUs that it sees.
+        own_gpus: the other processes of its node see other ones.
 
     Raises:
         ConfigError: cuda is wanted, and there is not a GPU for each process of the node.
@@ -186,8 +306,8 @@ def choose_device(wanted: str, world: World, num_gpus: int) -> torch.device:
         return torch.device("cpu")
     if num_gpus == 0:
         raise ConfigError("run.device must be cpu or auto where no GPU is visible, got 'cuda'")
-    if world.local_size <= num_gpus:
-        return torch.device("cuda", world.local_rank)
+    if own_gpus or world.local_size <= num_gpus:
+        return torch.device("cuda", world.local_rank % num_gpus)
     shortage = f"{world.local_size} processes on a node with {num_gpus} visible GPUs"
     if wanted == "cuda":
         raise ConfigError(
@@ -206,6 +326,9 @@ def join_group(
     backend: str = "auto",
     timeout_s: float = 1800.0,
     init_method: str = "env://",
+    *,
+    join_timeout_s: float = 600.0,
+    asked_to_end: Callable[[], bool] = lambda: False,
 ) -> Group:
     """Enter the group of `world_size` processes, or make the group of one.
 
@@ -215,10 +338,13 @@ def join_group(
         device: of this process.
         backend: "gloo", "nccl", or "auto" for the one that fits the device.
         timeout_s: after which a collective fails, in seconds.
-        init_method: rendezvous as in `torch.distributed.init_process_group`.
+        init_method: `env://` for the launcher's variables, or `file://` and a path that all processes share.
+        join_timeout_s: how long to wait for the others, in seconds.
+        asked_to_end: whether a signal asks this process to end; then it does not wait for one that has ended already.
 
     Raises:
-        ConfigError: nccl is asked for on a CPU, or gloo on a GPU; or the processes do not find each other.
+        ConfigError: nccl is asked for on a CPU, or gloo on a GPU; or the launcher's variables are wrong.
+        LostRankError: the processes do not find each other.
     """
     fitting = "nccl" if device.type == "cuda" else "gloo"
     if backend not in ("auto", fitting):
@@ -227,19 +353,20 @@ def join_group(
         return SoloGroup(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    meeting = MeetingPoint(init_method, rank, world_size)
+    store = meeting.wait_for_all(min(join_timeout_s, timeout_s))
+    # NCCL ends the process without a word when the time is over, so it gets more of it than `TorchGroup` gives
+    library_timeout_s = timeout_s + (2 * _PATIENCE_S if fitting == "nccl" else 0.0)
     try:
         dist.init_process_group(
             fitting,
-            init_method=init_method,
+            store=store,
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timedelta(seconds=library_timeout_s),
         )
-    except (ValueError, dist.DistError) as error:  # a variable is missing or wrong; the others did not answer
-        where = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT")]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"the {world_size} processes must find each other at {' '.join(where)}, and rank {rank} did not "
-            f"({reason}); start with torchrun, which sets both, and check that every rank has started"
+    except RuntimeError as error:  # the store could be reached, the other processes cannot
+        raise LostRankError(
+            f"{meeting.who} could not connect ({first_line(error)}); {NETWORK_HINT}"
         ) from error
-    return TorchGroup(device)
+    return TorchGroup(device, Marks(meeting.connect, rank, world_size), timeout_s, asked_to_end)

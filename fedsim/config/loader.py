@@ -22,7 +22,7 @@ from fedsim.config.schema import NAME_PATTERN, Config
 from fedsim.config.yaml_text import read_yaml, write_yaml
 from fedsim.errors import ConfigError
 
-SAFE_KEYS = ("run.rounds", "run.output_dir", "tracking.*", "checkpoint.*", "comm.*")
+SAFE_KEYS = ("run.rounds", "run.max_minutes", "run.output_dir", "tracking.*", "checkpoint.*", "comm.*")
 """What a resumed run may change without changing what was computed so far."""
 
 LARGEST_FILE_BYTES = 1 << 18

@@ -43,6 +43,13 @@ class RunConfig(Node):
         ge=0,
         lt=2**63,
     )
+    max_minutes: float | None = key(
+        None,
+        "wall time of one start: stop, to be resumed, before the round that would exceed it, judged by the longest "
+        "so far; leave room for the last checkpoint; null: no limit",
+        "minutes",
+        gt=0,
+    )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: cuda where a GPU is visible, else cpu")
     merged_model: bool = key(
         False,
@@ -665,6 +672,12 @@ class CommConfig(Node):
     backend: Literal["auto", "gloo", "nccl"] = key("auto", "auto: nccl on GPUs, gloo on CPUs")
     timeout_s: float = key(
         1800.0, "a collective that takes longer ends the run; longest imbalance of a round", "seconds", gt=0
+    )
+    join_timeout_s: float = key(
+        600.0,
+        "how long a process waits for the others at the start, and no longer than timeout_s",
+        "seconds",
+        gt=0,
     )
 
 

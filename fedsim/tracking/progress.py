@@ -227,6 +227,7 @@ def logs_through(progress: Progress) -> Iterator[None]:
     through = ProgressHandler(progress)
     for handler in streams:
         through.setFormatter(handler.formatter)
+        through.setLevel(handler.level)
         root.removeHandler(handler)
     if streams:
         root.addHandler(through)

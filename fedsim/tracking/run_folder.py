@@ -27,8 +27,9 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner.json"
-LAUNCHER_NAMES = {"slurm", "logs", "stop"}
-"""What the launcher or a batch script may have put into a run folder before the run's first start."""
+
+BEFORE_A_RUN = frozenset({LOCK_FILE, OWNER_FILE, "slurm", "logs", "stop"})
+"""What a folder may hold before its run has written anything: the launcher's files, and a request to stop."""
 
 EndStatus = Literal["finished", "preempted", "failed"]
 
@@ -40,12 +41,14 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
+        started: whether `start` was called.
     """
 
     def __init__(
         self, path: Path, config_tree: Mapping[str, Any], config_yaml: str, lock: BaseFileLock
     ) -> None:
         self.path = path
+        self.started = False
         self._config_tree = config_tree
         self._config_yaml = config_yaml
         self._lock = lock
@@ -76,14 +79,30 @@ class RunFolder:
         for folder in (self.path, self.path / "checkpoints", self.path / "adapters"):
             remove_unfinished(folder)
         write_text_atomic(self.path / CONFIG_FILE, self._config_yaml)
-        started = {"status": "running", "reason": None, "start_time": _now(), "end_time": None}
+        started = {
+            "status": "running",
+            "reason": None,
+            "user_error": None,
+            "start_time": _now(),
+            "end_time": None,
+        }
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
+        self.started = True
 
-    def finish(self, status: EndStatus, reason: str | None = None) -> None:
-        """Write how the run ended into `run.json`, with the time and, unless it is finished, why."""
-        self._write_run_file(
-            {**self._read_run_file(), "status": status, "reason": reason, "end_time": _now()}
-        )
+    def finish(self, status: EndStatus, reason: str | None = None, *, user_error: bool | None = None) -> None:
+        """Write how the run ended into `run.json`, with the time and, unless it is finished, why.
+
+        Args:
+            status: how.
+            reason: why it is not finished.
+            user_error: of a run that failed, whether the same command would fail again until the user mends something.
+        """
+        before = self._read_run_file()
+        if before and not self.started:  # this start has ended before `start`; the one before it stays known
+            history = [*before.get("history", []), _history_entry(before)]
+            before = {**before, "start_time": None, "history": history}
+        ended = {"status": status, "reason": reason, "user_error": user_error, "end_time": _now()}
+        self._write_run_file({**before, **ended})
 
     def close(self) -> None:
         """Let others use the folder. May be called twice."""
@@ -189,8 +208,7 @@ def _not_writable(path: Path, error: OSError) -> RunFolderError:
 def _refuse_foreign_folder(path: Path) -> None:
     """A folder without `config.yaml` may hold nothing but what a start that was cut off leaves there."""
     names = {entry.name for entry in path.iterdir()}
-    ours = {LOCK_FILE, OWNER_FILE, *LAUNCHER_NAMES}
-    foreign = sorted(name for name in names - ours if not name.startswith(f".{CONFIG_FILE}-"))
+    foreign = sorted(name for name in names - BEFORE_A_RUN if not name.startswith(f".{CONFIG_FILE}-"))
     if CONFIG_FILE not in names and foreign:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise RunFolderError(

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from fedsim.atomic import write_text_atomic
 from fedsim.config.schema import Config
+from fedsim.stopping import EXIT_PREEMPTED
 from fedsim.tracking.metrics import ROUND, ClientTable, Scalar
 from fedsim.tracking.run_folder import RunFolder
 
@@ -34,7 +35,7 @@ class Tracker(Protocol):
         """The folder of the final adapter, if the configuration asks for it."""
 
     def finish(self, exit_code: int) -> None:
-        """The run is over; 0 means that it finished."""
+        """The run is over; 0 means that it finished, `EXIT_PREEMPTED` that it is to be resumed."""
 
 
 class NoTracker:
@@ -107,6 +108,8 @@ class WandbTracker:
 
     def finish(self, exit_code: int) -> None:
         """Hand everything over; online, wait for the upload up to `FINISH_TIMEOUT_S` seconds."""
+        if exit_code == EXIT_PREEMPTED:
+            self._if_running("say that it is preempted", lambda run: run.mark_preempting())
         self._if_running("finish", lambda run: run.finish(exit_code=exit_code))
         self._stop()
 

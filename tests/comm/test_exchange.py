@@ -17,6 +17,7 @@ from fedsim.comm.group import (
     World,
     choose_device,
     join_group,
+    sees_only_its_own_gpus,
     world_from_environment,
 )
 from fedsim.errors import AggregationError, ConfigError, DataError, PeerError
@@ -232,10 +233,27 @@ def test_devices(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "run.device=auto: the CPU, for 4 processes on a node with 1 visible GPUs; start 1 to use them"
     ]
+    one_each = [choose_device("auto", world, 1, own_gpus=True).index for world in four]
+    assert one_each == [0] * 4, "with --gpus-per-task every task calls its GPU 0"
     with pytest.raises(ConfigError, match=r"run\.device=cuda needs a GPU for each process, got 4 processes"):
         choose_device("cuda", four[0], 2)
     with pytest.raises(ConfigError, match=r"run\.device must be cpu or auto"):
         choose_device("cuda", World(), 0)
+
+
+def test_gpus_of_a_task():
+    step = {"SLURM_STEP_ID": "0"}
+    for more, own in (
+        ({}, False),
+        ({"SLURM_GPUS_PER_TASK": "1"}, True),
+        ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, True),
+        ({"SLURM_TRES_PER_TASK": "cpu=4"}, False),
+        ({"SLURM_GPU_BIND": "single:1"}, True),
+        ({"SLURM_GPU_BIND": "closest"}, False),
+        ({"SLURM_GPUS_PER_TASK": "4", "GROUP_WORLD_SIZE": "2"}, False),
+    ):
+        assert sees_only_its_own_gpus(step | more) == own, more
+    assert not sees_only_its_own_gpus({"SLURM_GPUS_PER_TASK": "1"}), "a batch script"
 
 
 def test_a_backend_that_does_not_fit_the_device():

@@ -39,10 +39,14 @@ class Program:
         return main(self.arguments(extra))
 
     def start_ranks(
-        self, world_size: int, *extra: str, timeout_s: float = 60.0
+        self,
+        world_size: int,
+        *extra: str,
+        timeout_s: float = 60.0,
+        meanwhile: Callable[[list[int]], None] | None = None,
     ) -> list[tuple[int | None, str]]:
         """Run in real processes; exit code and standard error of each rank."""
-        return run_program(self.arguments(extra), world_size, self.folder, timeout_s)
+        return run_program(self.arguments(extra), world_size, self.folder, timeout_s, meanwhile)
 
     @property
     def run_folder(self) -> Path:
@@ -66,14 +70,12 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("corpus") / "texts.jsonl", rows)
 
 
-@pytest.fixture
-def program(tmp_path: Path, model_folder: Path, corpus_file: Path) -> Iterator[Program]:
+def small_program(folder: Path, model_folder: Path, corpus_file: Path) -> Program:
     """fedsim with settings that make a run of about a second."""
-    threads = torch.get_num_threads()
-    yield Program(
-        tmp_path,
+    return Program(
+        folder,
         {
-            "run.output_dir": tmp_path / "runs",
+            "run.output_dir": folder / "runs",
             "run.name": "small",
             "run.rounds": 3,
             "data.source": corpus_file,
@@ -87,6 +89,13 @@ def program(tmp_path: Path, model_folder: Path, corpus_file: Path) -> Iterator[P
             "tracking.progress": "off",
         },
     )
+
+
+@pytest.fixture
+def program(tmp_path: Path, model_folder: Path, corpus_file: Path) -> Iterator[Program]:
+    """A small program; threads are put back afterwards."""
+    threads = torch.get_num_threads()
+    yield small_program(tmp_path, model_folder, corpus_file)
     torch.set_num_threads(threads)
 
 

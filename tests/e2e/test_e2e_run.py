@@ -79,7 +79,7 @@ def test_run_folder(program: Any, capsys: Any, snapshot: Snapshot) -> None:
     names = {path.name for path in folder.iterdir()} - {"run.lock"}
     assert names == {
         "config.yaml", "run.json", "metrics.jsonl", "clients.parquet", "partition.json", "tiers.json", "checkpoints",
-        "adapter", "wandb",
+        "adapter", "wandb", "logs",
     }  # fmt: skip
     told = capsys.readouterr().err
     assert "test loss before training" in told

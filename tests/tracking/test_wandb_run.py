@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from fedsim.config.schema import Config
+from fedsim.stopping import EXIT_PREEMPTED
 from fedsim.tracking.metrics import CLIENT_COLUMNS, ClientTable
 from fedsim.tracking.run_folder import open_run_folder
 from fedsim.tracking.wandb_run import MAX_TABLE_ROWS, NoTracker, build_tracker
@@ -76,6 +77,20 @@ def test_offline_run_is_recorded_inside_the_folder_and_continued(folder, capfd):
     assert {path: path.exists() for path in home} == home
     assert dict(os.environ) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_preempted_run_goes_on_under_its_id(folder, caplog):
+    import wandb
+
+    with caplog.at_level(logging.WARNING, logger="fedsim"):
+        for round_index, code in ((0, EXIT_PREEMPTED), (1, 0)):
+            tracker = build_tracker(config("offline"), folder, {})
+            tracker.log_round({"round_index": round_index, "test/loss": 4.5})
+            tracker.finish(code)
+            wandb.teardown()
+    run_id = (folder.path / "wandb" / "run_id.txt").read_text().strip()
+    assert not caplog.records
+    assert all(run_id in name for name in offline_runs(folder))
 
 
 def test_disabled_never_imports_wandb(folder):

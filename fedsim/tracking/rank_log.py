@@ -1,0 +1,47 @@
+"""A log file for each process: what only rank 0 shows on the console, of every rank, with what it was doing."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LOGS = "logs"
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def rank_log(run_folder: Path, rank: int, place: Callable[[], str]) -> Iterator[None]:
+    """Within the block, what fedsim logs goes to `logs/rank_NNNN.log` of the run folder too, appended.
+
+    A process that does not see the run folder, because its node does not share that disk, has no log file.
+
+    Args:
+        run_folder: made by rank 0.
+        rank: of this process.
+        place: what the process is doing, in words.
+    """
+    if not run_folder.is_dir():
+        logger.info("no log file: %s is not visible here", run_folder)
+        yield
+        return
+    folder = run_folder / LOGS
+    folder.mkdir(exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank_{rank:04d}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s [%(place)s] %(message)s"))
+    handler.addFilter(lambda record: _add_place(record, rank, place()))
+    root = logging.getLogger("fedsim")
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception as error:
+        logger.info("ends by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _add_place(record: logging.LogRecord, rank: int, place: str) -> bool:
+    record.rank, record.place = rank, place
+    return True
