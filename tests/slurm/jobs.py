@@ -74,29 +74,31 @@ class Job:
             AssertionError: it ends in another state or not in time; with the end of its log.
         """
 
-        def is_over() -> bool:
-            return self.state in FINAL and not self._is_queued()
-
-        await_true(f"the end of job {self.name}", is_over, seconds, self.story)
+        await_true(f"the end of job {self.name}", self._is_over, seconds, self.story)
         assert self.state == state, f"job {self.name} ended as {self.state}\n{self.story()}"
 
-    def _is_queued(self) -> bool:
-        return bool(self.cluster.run("squeue", "-h", "-j", self.name).strip())
+    def _is_over(self) -> bool:
+        return self.state in FINAL and not self.cluster.run("squeue", "-h", "-j", self.name).strip()
 
     def await_rounds(self, more_than: int = 1) -> None:
         """Until the run has recorded more than so many rounds."""
-        await_true(
-            f"round {more_than} of {self.run}", lambda: num_rounds(self.run) > more_than, SECONDS, self.story
-        )
+
+        def is_there() -> bool:
+            if num_rounds(self.run) > more_than:
+                return True
+            assert not self._is_over(), f"job {self.name} ended as {self.state}\n{self.story()}"
+            return False
+
+        await_true(f"round {more_than} of {self.run}", is_there, SECONDS, self.story)
 
     def await_restart(self, restarts: int) -> None:
         """Until Slurm has started the job again so many times, or more, and it runs."""
-        await_true(
-            f"restart {restarts} of job {self.name}",
-            lambda: self.restarts >= restarts and self.state == "RUNNING",
-            SECONDS,
-            self.story,
-        )
+
+        def is_back() -> bool:
+            assert not self._is_over(), f"job {self.name} ended as {self.state}\n{self.story()}"
+            return self.restarts >= restarts and self.state == "RUNNING"
+
+        await_true(f"restart {restarts} of job {self.name}", is_back, SECONDS, self.story)
 
     def rank_pids(self, rank: int) -> list[int]:
         """Processes of fedsim with the given rank, whichever launcher gave it to them."""

@@ -148,7 +148,7 @@ def test_node_dies(launcher: str, cluster: LocalSlurm, work: Work, sbatch: Sbatc
 @both_launchers
 def test_time_limit_of_a_minute(launcher: str, cluster: LocalSlurm, work: Work, sbatch: Sbatch) -> None:
     """Weeks on a partition of hours, in small: a run that does not fit in is asked to stop, and goes on, twice."""
-    options = ["--time=1", "--signal=B:USR1@10"]
+    options = ["--time=1", "--signal=B:USR1@20"]
     # on a slow machine some starts do not come to their first round
     settings = {"FEDSIM_LAUNCHER": launcher, "FEDSIM_MAX_FAILURES": "20"}
     job = sbatch(cluster, "limit", ROUNDS, *options, settings=settings)
