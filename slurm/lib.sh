@@ -146,7 +146,10 @@ _fedsim_begin() {
     local cpus=${SLURM_CPUS_PER_TASK:-}
     if [[ $fedsim_launcher == srun && ${SLURM_NTASKS_PER_NODE:-1} != "$fedsim_processes" ]]; then
         cpus=$((${SLURM_CPUS_ON_NODE:-1} / fedsim_processes)) # of a task that was meant to be a torchrun
-        ((cpus > 0)) || cpus=1
+        if ((cpus == 0)); then # srun would refuse more tasks than cores
+            cpus=1
+            export SLURM_OVERCOMMIT=1
+        fi
     fi
     [[ -z $cpus ]] || export SRUN_CPUS_PER_TASK=$cpus
     # torch 2.13's agents otherwise meet in a store that outlives their dead workers

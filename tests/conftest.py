@@ -24,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the results of this run into tests/golden; say in the commit why they moved",
     )
+    parser.addoption(
+        "--slurm-full",
+        action="store_true",
+        help="all cases of tests/slurm, which take a quarter of an hour, not only the two minutes of them",
+    )
 
 
 @pytest.fixture
