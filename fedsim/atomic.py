@@ -69,8 +69,20 @@ def replace_folder(path: Path, build: Callable[[Path], None]) -> None:
         _sync_folder(path.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Delete the folder `path`, of which nobody sees half: it takes a hidden temporary name first.
+
+    Raises:
+        RunFolderError: it cannot be deleted; it is whole, or `remove_unfinished` finds what is left of it.
+    """
+    aside = _unfinished_name(path)
+    with _as_run_folder_error(path):
+        path.rename(aside)
+        shutil.rmtree(aside)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Delete what processes that died left half-written in `folder`; for its only writer.
+    """Delete what processes that died left half-written, or half deleted, in `folder`; for its only writer.
 
     Raises:
         RunFolderError: something cannot be deleted.
@@ -80,7 +92,7 @@ def remove_unfinished(folder: Path) -> None:
     with _as_run_folder_error(folder):
         for path in folder.iterdir():
             if re.fullmatch(r"\..+-[0-9a-f]{8}", path.name):
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()

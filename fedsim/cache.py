@@ -2,7 +2,8 @@
 
 An entry's name is a hash of everything that decides its content. Entries are written once: built in a temporary
 folder, then renamed, under a file lock, so that several processes and several runs may ask for the same entry at once.
-A manifest with checksums shows a damaged entry.
+A manifest with checksums shows a damaged entry. The cache, or the folder of one kind of entry, may be a symbolic link
+to another disk; an entry and its files may not, since a link's target can change unseen.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def cached_folder(kind: str, content: Mapping[str, object], build: Callable[[Pat
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock"):
-            if not entry.exists():
+            if not entry.exists() and not entry.is_symlink():
                 _build_entry(entry, content, build)
     except OSError as error:
         raise CacheError(
@@ -79,10 +80,20 @@ def _build_entry(entry: Path, content: Mapping[str, object], build: Callable[[Pa
 
 
 def _check_entry(entry: Path) -> None:
+    entries = [entry, *(entry.iterdir() if entry.is_dir() else ())]
+    linked = [path.name for path in entries if path.is_symlink()]
+    if linked:
+        raise CacheError(
+            f"the cache entry {entry} must be a folder of files, and {', '.join(linked)} is a symbolic link; delete it "
+            "and start again"
+        )
     try:
-        files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        files = {Path(name).name: checksum for name, checksum in manifest["files"].items()}
         damaged = [name for name, checksum in files.items() if _checksum(entry / name) != checksum]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not damaged and content_hash(manifest["content"]) != entry.name:
+            damaged = [MANIFEST]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         damaged = [MANIFEST]
     if damaged:
         raise CacheError(

@@ -16,10 +16,18 @@ from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
-from fedsim.config.loader import SAFE_KEYS, EstimateOptions, to_tree, to_yaml
+from fedsim.config.loader import SAFE_KEYS, EstimateOptions, complete_tree, to_tree, to_yaml
+from fedsim.config.paths import is_there, local_path
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
-from fedsim.errors import FedsimError, ModelError, PeerError, RunFolderError, is_user_error
+from fedsim.errors import (
+    CheckpointError,
+    FedsimError,
+    ModelError,
+    PeerError,
+    RunFolderError,
+    is_user_error,
+)
 from fedsim.estimate.build import build_device, build_estimate
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.lowrank import combine
@@ -41,12 +49,13 @@ from fedsim.server.build import (
     build_tiers,
 )
 from fedsim.server.checkpoint import (
+    CheckpointWriter,
     checkpoint_path,
     kept_client_versions,
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
-    save_checkpoint,
+    rounds_completed,
     saved_best,
 )
 from fedsim.server.early_stopping import why_stopped
@@ -63,7 +72,7 @@ from fedsim.stopping import (
     TimeBudget,
 )
 from fedsim.tracking.environment import describe_environment
-from fedsim.tracking.metrics import ClientTable, MetricsLog
+from fedsim.tracking.metrics import ClientTable, MetricsLog, whole_rounds
 from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.rank_log import rank_log
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
@@ -202,6 +211,7 @@ class Records:
     metrics: MetricsLog
     spectra: MetricsLog
     clients: ClientTable
+    writer: CheckpointWriter
 
     @property
     def checkpoints(self) -> Path:
@@ -215,7 +225,7 @@ class Records:
             return False
         rule = build_stopping_rule(config)
         stopped = rule is not None and rule.stops(saved_best(found[-1]))
-        return stopped or int(found[-1].name.removeprefix("round_")) >= config.run.rounds
+        return stopped or rounds_completed(found[-1]) >= config.run.rounds
 
     def check_same_inputs(self, inputs: Mapping[str, str]) -> None:
         """Check that a run that is resumed still has the data and the base it began with.
@@ -223,13 +233,42 @@ class Records:
         Raises:
             RunFolderError: a file, the tokenizer, or a library behind one of them has changed in between.
         """
+        if not list_checkpoints(self.checkpoints):
+            return
         before = self.folder.recorded("inputs")
-        changed = [name for name in inputs if before and before.get(name) != inputs[name]]
-        if changed and list_checkpoints(self.checkpoints):
+        if not isinstance(before, dict):
+            raise RunFolderError(
+                f"{self.folder.path / 'run.json'} must say what data and base the run was begun with, and does not; "
+                "restore the file, or delete the run folder to start again"
+            )
+        changed = [name for name in inputs if before.get(name) != inputs[name]]
+        if changed:
             raise RunFolderError(
                 f"run folder {self.folder.path} was begun with other inputs ({', '.join(changed)}): what "
                 "data.source or model.name_or_path stands for has changed since; choose another run.name"
             )
+
+    def newest_state(self, every_rounds: int) -> ServerState | None:
+        """The newest checkpoint that the record covers; None for a run that has not come to its first one.
+
+        Args:
+            every_rounds: rounds between checkpoints, as this run is started now.
+
+        Raises:
+            CheckpointError: there is none that can be used, although there must have been one.
+        """
+        recorded = whole_rounds(self.metrics, self.clients)
+        state = load_newest_checkpoint(self.checkpoints, recorded)
+        before = self.folder.recorded("config")  # of the last start; this time it may be another number
+        section = before.get("checkpoint") if isinstance(before, dict) else None
+        every_before = section.get("every_rounds") if isinstance(section, dict) else None
+        every_rounds = every_before if isinstance(every_before, int) else every_rounds
+        if state is None and recorded > every_rounds:
+            raise CheckpointError(
+                f"{self.checkpoints} must hold a checkpoint of this run, of which {recorded} rounds are recorded; "
+                "restore it, or delete the run folder to start again"
+            )
+        return state
 
     def go_back_to(self, round_index: int) -> None:
         """Drop the records of rounds that a resumed run will repeat."""
@@ -239,13 +278,13 @@ class Records:
 
 
 def _folder_path(config: Config) -> Path:
-    return Path(config.run.output_dir).expanduser() / config.run.name
+    return local_path(config.run.output_dir) / config.run.name
 
 
 def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records | None:
     """The records of an earlier start of this run; None, with nothing written, if there was none."""
     path = _folder_path(config)
-    if not (path / "config.yaml").exists():
+    if not is_there(path / "config.yaml"):
         check_new_folder(path)
         return None
     return _open_new(config, open_things)
@@ -253,13 +292,16 @@ def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records
 
 def _open_new(config: Config, open_things: contextlib.ExitStack) -> Records:
     safe_keys = [key.removesuffix(".*") for key in SAFE_KEYS]
-    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys)
+    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys, complete_tree)
     open_things.enter_context(folder)
+    writer = CheckpointWriter(folder.path / CHECKPOINTS)
+    open_things.callback(writer.close)
     return Records(
         folder,
         MetricsLog(folder.path / "metrics.jsonl"),
         MetricsLog(folder.path / "spectra.jsonl"),
         ClientTable(folder.path / "clients.parquet"),
+        writer,
     )
 
 
@@ -301,7 +343,7 @@ def _run_rounds(
 ) -> None:
     """All rounds that are left, on every rank; `records` is None except on rank 0."""
     group = run.group
-    state = _start_state(run, base, summary, records)
+    state = _start_state(config, run, base, summary, records)
     with (
         rank_log(_folder_path(config), group.rank, lambda: group.place),
         _reporting(config, group, base, summary, records, stops) as (progress, tracker),
@@ -327,6 +369,7 @@ def _run_rounds(
             asked = first_reason(group, stops.reason())
             with all_or_none(group, f"recording round {round_index}"):
                 if records is not None:
+                    _settle_checkpoint(run, state, records)
                     metrics = round_metrics(report, _payload_mib(run, before, report))
                     if round_index == 0 and initial_loss is not None:
                         metrics["test/loss_initial"] = initial_loss
@@ -336,9 +379,9 @@ def _run_rounds(
                         records.spectra.append({"round_index": round_index, **report.spectra})
                     for due in _due_checkpoints(config, run, before, state, records, asked is not None):
                         records.clients.flush()
-                        save_checkpoint(due, records.checkpoints, config.checkpoint.keep_last)
-                        if state.client_versions:  # else no checkpoint need be read again
-                            run.store.drop_superseded(kept_client_versions(records.checkpoints))
+                        records.writer.save(due, config.checkpoint.keep_last)
+                    if asked is not None:
+                        records.writer.wait()
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
             if asked is not None and not run.is_over(state):
@@ -370,18 +413,30 @@ def _due_checkpoints(
     return due
 
 
+def _settle_checkpoint(run: Run, state: ServerState, records: Records) -> None:
+    """Before anything is recorded: the checkpoint under way is on the disk, and no version of a client's state is kept
+    that no checkpoint needs.
+    """
+    records.folder.check_held()
+    records.writer.wait()
+    if state.client_versions:  # else no checkpoint need be read again
+        run.store.drop_superseded(kept_client_versions(records.checkpoints))
+
+
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
     return {"data": summary.data.fingerprint, "base": base.fingerprint}
 
 
-def _start_state(run: Run, base: BaseModel, summary: RunSummary, records: Records | None) -> ServerState:
+def _start_state(
+    config: Config, run: Run, base: BaseModel, summary: RunSummary, records: Records | None
+) -> ServerState:
     """The newest checkpoint, or the initial state, on every rank."""
     group = run.group
 
     def load() -> ServerState:
         assert records is not None
         records.check_same_inputs(_fingerprints(base, summary))  # before any of its files is changed
-        state = load_newest_checkpoint(records.checkpoints)
+        state = records.newest_state(config.checkpoint.every_rounds)
         if state is None:
             dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
             state = ServerState(0, summary.adapter.to("cpu", dtype))
@@ -460,6 +515,7 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
+    _settle_checkpoint(run, state, records)
     exported = _exported(config, state, records)
     if run.strategy.traits.has_global_model:
         adapter = combine(run.strategy.export(exported), exported.base_update)

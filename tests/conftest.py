@@ -29,6 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="all cases of tests/slurm, which take a quarter of an hour, not only the two minutes of them",
     )
+    parser.addoption(
+        "--fault-seed",
+        default="0",
+        help="seed of the faults that tests/faults draws; another one tries other faults",
+    )
+    parser.addoption(
+        "--fault-share",
+        default="0.3",
+        help="share of the faults of single ranks that are tried, drawn by the seed; 1 tries all",
+    )
 
 
 @pytest.fixture

@@ -22,6 +22,22 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 VOCABULARY = 64
 
+PRELOADED = [
+    "fedsim.main",
+    "fedsim.simulation",
+    "transformers.models.opt.modeling_opt",  # by full name: the packages of transformers load lazily
+    "transformers.models.opt.configuration_opt",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_fast",
+    "datasets",
+    "peft",
+    "scipy.io",
+    "scipy.sparse",
+    "rich.progress",
+]
+"""What a process that is forked for a test has imported already."""
+
 
 def tiny_opt(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A random OPT with two layers, in eval mode."""
@@ -112,9 +128,7 @@ def run_ranks(
 def _preloaded_context() -> Any:
     """Processes forked from a server that has imported what costs seconds, and has run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["fedsim.main", "fedsim.simulation", "transformers.models.opt", "datasets"]
-    )
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -91,8 +91,10 @@ def consume_stream(
 ) -> R | None:
     """Let some ranks consume a stream whose items are exchanged by all ranks, one collective an item.
 
-    The others take part in every exchange and drop what they receive. A rank that fails halfway goes on exchanging, so
-    that nobody waits for it, and then every rank raises.
+    The others take part in every exchange and drop what they receive. A rank whose function fails halfway goes on
+    exchanging, so that nobody waits for it, and then every rank raises. A rank whose stream itself fails cannot go on
+    exchanging: it raises at once and leaves, which the others notice. What the stream refuses with a `FedsimError`, it
+    refuses on every rank.
 
     Args:
         group: the processes.
@@ -105,23 +107,43 @@ def consume_stream(
     """
     result: R | None = None
     error: Exception | None = None
+    watched = _Watched(stream)
     group.note(what)
     if function is not None:
         try:
-            result = function(stream)
+            result = function(watched)
         except LostRankError:
             raise
         except Exception as caught:
             error = caught
     try:
-        for _ in stream:
+        for _ in watched:
             pass
     except LostRankError:
         raise
     except Exception as caught:
         error = error or caught
+    if watched.broken_by is not None and not isinstance(watched.broken_by, FedsimError):
+        raise watched.broken_by
     agree(group, what, error)
     return result
+
+
+class _Watched(Iterator[T]):
+    """A stream that remembers by what it was broken."""
+
+    def __init__(self, stream: Iterator[T]) -> None:
+        self._stream = stream
+        self.broken_by: Exception | None = None
+
+    def __next__(self) -> T:
+        try:
+            return next(self._stream)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.broken_by = error
+            raise
 
 
 def same_everywhere(group: Group, what: str, value: str) -> None:

@@ -157,6 +157,17 @@ def to_yaml(config: Config) -> str:
     return write_yaml(_escaped(to_tree(config)))
 
 
+def complete_tree(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tree that was written as a whole, by this fedsim or an older one, with keys that it lacks at their defaults.
+
+    A tree that this version would refuse, say because a key is gone since, comes back as it is.
+    """
+    try:
+        return to_tree(Config.model_validate(_with_tuples(tree)))
+    except ValidationError:
+        return tree
+
+
 def config_hash(config: Config) -> str:
     """Hex digest of all values."""
     from fedsim.cache import content_hash

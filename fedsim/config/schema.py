@@ -803,7 +803,11 @@ class CommConfig(Node):
 
     backend: Literal["auto", "gloo", "nccl"] = key("auto", "auto: nccl on GPUs, gloo on CPUs")
     timeout_s: float = key(
-        1800.0, "a collective that takes longer ends the run; longest imbalance of a round", "seconds", gt=0
+        1800.0,
+        "a collective that takes longer ends the run; longest imbalance of a round",
+        "seconds",
+        gt=0,
+        le=1e7,
     )
     join_timeout_s: float = key(
         600.0,

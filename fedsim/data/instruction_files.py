@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsim.config.paths import is_there, local_path
 from fedsim.data.prompts import EVAL, TEST, TRAIN
 from fedsim.errors import DataError
 from fedsim.seeding import numpy_generator
@@ -302,8 +303,8 @@ def _tasks_of_split(
 
 
 def _folder_or_file(source: str) -> Path:
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = local_path(source)
+    if not is_there(path):
         raise DataError(f"data.source={source} must be a file or folder that exists; check the path")
     return path
 
@@ -311,7 +312,7 @@ def _folder_or_file(source: str) -> Path:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"data.source: {path} cannot be read as JSON ({error})") from error
 
 

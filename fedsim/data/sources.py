@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import itertools
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.cache import CacheError, cache_root
+from fedsim.config.paths import is_there, local_path, note_lookalike
 from fedsim.config.schema import EMBEDDED
 from fedsim.data.docstrings import split_docstrings
 from fedsim.errors import DataError
@@ -27,6 +29,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+MOST_FILES = 100_000
 READ_ERRORS = (OSError, ValueError, EOFError, StopIteration, zlib.error)
 """What a file that is damaged, or not what its ending says, makes `datasets` and pyarrow raise beside their own.
 
@@ -61,8 +64,8 @@ def read_splits(source: str, subset: str | None) -> dict[str, Table]:
         DataError: the source is not there, cannot be read, or holds no rows.
         CacheError: the cache, where `datasets` keeps its tables of local files, cannot be written.
     """
-    path = Path(source).expanduser()
-    is_local = source != EMBEDDED and (path.exists() or _looks_like_path(source))
+    path = local_path(source)
+    is_local = source != EMBEDDED and (is_there(path) or _looks_like_path(source))
     if subset is not None and (is_local or source == EMBEDDED):
         raise DataError(
             f"data.subset names a configuration of a Hugging Face dataset, but data.source={source} is none; "
@@ -107,11 +110,12 @@ def _kind(path: Path) -> str | None:
 
 
 def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
-    if not path.exists():
+    if not is_there(path):
         raise DataError(
             f"data.source={source} looks like a path, but there is no such file or folder; give an existing one, "
             "or a Hugging Face dataset id"
         )
+    note_lookalike("data.source", source, path)
     files = _files_by_split(source, path)
     builders = sorted({_kind(file) or "" for paths in files.values() for file in paths})
     if len(builders) > 1:
@@ -154,9 +158,20 @@ def _files_by_split(source: str, path: Path) -> dict[str, list[Path]]:
         if _kind(path) is None:
             raise DataError(f"data.source={source} must end in one of {KINDS}; rename it or convert it")
         return {"train": [path.resolve()]}
+    try:
+        below = list(itertools.islice(path.rglob("*"), MOST_FILES + 1))
+    except OSError as error:
+        raise DataError(
+            f"data.source={source} is a folder that cannot be listed ({_reason(error)})"
+        ) from error
+    if len(below) > MOST_FILES:
+        raise DataError(
+            f"data.source={source} must be a folder with at most {MOST_FILES} files and folders below it; name the one "
+            "that holds the corpus"
+        )
     found = [
         file
-        for file in sorted(path.rglob("*"))
+        for file in sorted(below)
         if file.is_file()
         and _kind(file)
         and not any(part.startswith(".") for part in file.relative_to(path).parts)

@@ -63,7 +63,7 @@ def load_peft_adapter(folder: Path) -> AdapterState:
     """Read a LoRA adapter that PEFT or `save_peft_adapter` wrote, on the CPU, modules in the file's order of names.
 
     Raises:
-        AdapterError: a file is missing or damaged, or the adapter is not plain LoRA.
+        AdapterError: a file is missing or damaged, or the adapter is not plain LoRA. Nothing is unpickled.
     """
     from peft import LoraConfig
     from safetensors import SafetensorError
@@ -72,13 +72,19 @@ def load_peft_adapter(folder: Path) -> AdapterState:
     try:
         raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(str(folder / WEIGHTS_FILE))
-    except (OSError, ValueError, SafetensorError) as error:
+        if not isinstance(raw, dict):
+            raise ValueError(f"{CONFIG_FILE} holds no JSON object")
+        config = LoraConfig(**{name: raw[name] for name in ("r", "lora_alpha", "use_rslora") if name in raw})
+        if not all(
+            isinstance(value, (int, float)) for value in (config.lora_alpha, *_patterns(raw).values())
+        ):
+            raise ValueError("lora_alpha must be a number")
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise AdapterError(f"{folder} is not a readable PEFT adapter: {error}") from error
     if raw.get("peft_type") != "LORA" or raw.get("use_dora") or raw.get("bias", "none") != "none":
         raise AdapterError(
             f"{folder} must hold a plain LoRA adapter without biases, got {raw.get('peft_type')}"
         )
-    config = LoraConfig(**{name: raw[name] for name in ("r", "lora_alpha", "use_rslora") if name in raw})
     downs = {name: value for name, value in tensors.items() if name.endswith(".lora_A.weight")}
     modules = {}
     for name, down in downs.items():
@@ -92,14 +98,18 @@ def load_peft_adapter(folder: Path) -> AdapterState:
     return AdapterState(modules)
 
 
+def _patterns(raw: dict[str, object]) -> dict[str, float]:
+    """Other alphas for some modules."""
+    pattern = raw.get("alpha_pattern")
+    return pattern if isinstance(pattern, dict) else {}
+
+
 def _scaling(raw: dict[str, object], lora_alpha: float, module: str, down: torch.Tensor) -> float:
     """Scaling of one module, with `alpha_pattern` (full paths, or the ends of them) taken into account."""
-    pattern = raw.get("alpha_pattern")
-    if isinstance(pattern, dict):
-        for name, value in pattern.items():
-            if module == name or module.endswith("." + name):
-                lora_alpha = value
-                break
+    for name, value in _patterns(raw).items():
+        if module == name or module.endswith("." + name):
+            lora_alpha = value
+            break
     rank = down.shape[0]
     return lora_alpha / rank**0.5 if raw.get("use_rslora") else lora_alpha / rank
 

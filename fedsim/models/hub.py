@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from fedsim.config.paths import HUB_ID, is_there, local_path, note_lookalike
 from fedsim.errors import ConfigError, ModelError
 
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.*", "merges.txt", "spiece.*")
@@ -43,15 +44,16 @@ def locate(key: str, name: str, revision: str | None, patterns: tuple[str, ...])
         ModelError: there is no such folder or repository, or the hub cannot be reached.
         ConfigError: a revision is given for a local folder.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = local_path(name)
+    if is_there(folder) and folder.is_dir():
+        note_lookalike(key, name, folder)
         if revision is not None:
             raise ConfigError(
                 f"model.revision is for hub models only, got {revision!r} while {key} is the folder {name}"
             )
         return folder
     if not _is_hub_id(name):
-        wrong = "is a file, not a folder" if folder.exists() else "does not exist"
+        wrong = "is a file, not a folder" if is_there(folder) else "does not exist"
         raise ModelError(
             f"{key} must be a Hugging Face model id or an existing local folder, and {name!r} {wrong} "
             f"(looked from {Path.cwd()})"
@@ -60,8 +62,8 @@ def locate(key: str, name: str, revision: str | None, patterns: tuple[str, ...])
 
 
 def _is_hub_id(name: str) -> bool:
-    looks_like_path = name.startswith((".", "/", "~", os.sep)) or Path(name).exists()
-    return not looks_like_path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    looks_like_path = name.startswith((".", "/", "~", os.sep)) or is_there(Path(name))
+    return not looks_like_path and re.fullmatch(HUB_ID, name) is not None
 
 
 def _download(key: str, name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

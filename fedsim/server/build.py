@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
+from fedsim.config.paths import local_path
 from fedsim.config.schema import ClientsConfig, CohortConfig, Config, StrategyConfig, TrainingConfig
 from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
@@ -100,7 +100,7 @@ def build_run(
             config.aggregation.svd_placement == "sharded",
         ),
         tiers=tiers,
-        store=ClientStore(Path(config.run.output_dir).expanduser() / config.run.name / CLIENTS),
+        store=ClientStore(local_path(config.run.output_dir) / config.run.name / CLIENTS),
         base=updatable,
         trainer=trainer,
         global_test=global_test,

@@ -53,7 +53,7 @@ class MetricsLog:
     JSON has no NaN and no infinity: such a value is written as null, with `nan`, `inf` or `-inf` under
     `<key>/not_finite` beside it.
 
-    A last line that was cut off by a crash is dropped when the log is opened.
+    A last line that was cut off by a crash does not count, and is gone from the file after the next change.
 
     Raises:
         RunFolderError: the file cannot be read or written, or a line before the last is damaged.
@@ -61,10 +61,9 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        records, torn = self._load()
-        if torn:
-            logger.warning("%s: dropped its last line, which a crash had cut off", path)
-            self._rewrite(records)
+        records, self._torn = self._load()
+        if self._torn:
+            logger.warning("%s: its last line is dropped, which a crash had cut off", path)
         self._last_round: int = records[-1][ROUND] if records else -1
 
     def append(self, record: Mapping[str, Scalar | tuple[float, ...]]) -> None:
@@ -79,6 +78,7 @@ class MetricsLog:
                 f"got {round_index}"
             )
         line = _to_line(record).encode("utf-8")
+        self._drop_torn_line()
         try:
             with self._path.open("ab") as file:
                 file.write(line)
@@ -91,6 +91,7 @@ class MetricsLog:
     def truncate(self, before_round: int) -> None:
         """Forget the rounds from `before_round` on, because they will be run again."""
         if self._last_round < before_round:
+            self._drop_torn_line()
             return
         kept = [record for record in self.read() if record[ROUND] < before_round]
         self._rewrite(kept)
@@ -100,8 +101,13 @@ class MetricsLog:
         """All records, oldest first."""
         return self._load()[0]
 
+    def _drop_torn_line(self) -> None:
+        if self._torn:
+            self._rewrite(self.read())
+
     def _rewrite(self, records: Sequence[Mapping[str, Scalar]]) -> None:
         write_text_atomic(self._path, "".join(_to_line(record) for record in records))
+        self._torn = False
 
     def _load(self) -> tuple[list[dict[str, Any]], bool]:
         """The whole records, and whether a torn line follows them."""
@@ -170,7 +176,7 @@ class ClientTable:
             return
         self._table = self._table.combine_chunks()
         sink = pa.BufferOutputStream()
-        pq.write_table(self._table, sink, compression="zstd")
+        pq.write_table(self._table, sink, compression="zstd", write_page_checksum=True)
         replace_file(self._path, sink.getvalue().to_pybytes())
         self._unwritten = False
 
@@ -182,6 +188,10 @@ class ClientTable:
             self._unwritten = True
             self.flush()
 
+    def rounds(self) -> set[int]:
+        """The rounds that have rows, flushed or not."""
+        return set(pc.unique(self._table[ROUND]).to_pylist())
+
     def newest(self, num_rows: int) -> pa.Table:
         """The last `num_rows` rows, oldest first."""
         return self._table.slice(max(0, self.num_rows - num_rows))
@@ -189,11 +199,11 @@ class ClientTable:
     def _load(self) -> pa.Table:
         try:
             # Not pq.read_table: that takes a folder named alpha=0.1 above the file for a column.
-            with pq.ParquetFile(self._path) as file:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
                 table = file.read()
         except FileNotFoundError:
             return client_schema().empty_table()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise _cannot("read", self._path, error) from error
         if table.schema != client_schema():
             raise RunFolderError(
@@ -221,13 +231,25 @@ def _to_line(record: Mapping[str, Scalar | tuple[float, ...]]) -> str:
     return json.dumps(written, allow_nan=False) + "\n"
 
 
+def whole_rounds(log: MetricsLog, table: ClientTable) -> int:
+    """Rounds, from the first on, that the record has without a gap: in `log`, and those with clients in `table`."""
+    with_rows = table.rounds()
+    whole = 0
+    for record in log.read():
+        if record[ROUND] != whole or (record.get("cohort/num_clients") and whole not in with_rows):
+            break
+        whole += 1
+    return whole
+
+
 def _from_line(line: bytes) -> dict[str, Any] | None:
     """The record, or None if the line does not hold one."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get(ROUND), int) else None
+    is_record = isinstance(record, dict) and type(record.get(ROUND)) is int
+    return record if is_record else None
 
 
 def _cannot(what: str, path: Path, error: Exception) -> RunFolderError:

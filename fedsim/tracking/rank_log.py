@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 def rank_log(run_folder: Path, rank: int, place: Callable[[], str]) -> Iterator[None]:
     """Within the block, what fedsim logs goes to `logs/rank_NNNN.log` of the run folder too, appended.
 
-    A process that does not see the run folder, because its node does not share that disk, has no log file.
+    A process that does not see the run folder, because its node does not share that disk, has no log file; nor has one
+    that cannot write it. What a full disk does not take is not logged.
 
     Args:
         run_folder: made by rank 0.
@@ -26,8 +27,13 @@ def rank_log(run_folder: Path, rank: int, place: Callable[[], str]) -> Iterator[
         yield
         return
     folder = run_folder / LOGS
-    folder.mkdir(exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank_{rank:04d}.log", encoding="utf-8")
+    try:
+        folder.mkdir(exist_ok=True)
+        handler = _Log(folder / f"rank_{rank:04d}.log", encoding="utf-8")
+    except OSError as error:
+        logger.warning("no log file: %s cannot be written (%s)", folder, error.strerror or error)
+        yield
+        return
     handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s [%(place)s] %(message)s"))
     handler.addFilter(lambda record: _add_place(record, rank, place()))
     root = logging.getLogger("fedsim")
@@ -40,6 +46,13 @@ def rank_log(run_folder: Path, rank: int, place: Callable[[], str]) -> Iterator[
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+class _Log(logging.FileHandler):
+    """A log file that says nothing on the console when it cannot be written; the error line of the run does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Drop what cannot be written."""
 
 
 def _add_place(record: logging.LogRecord, rank: int, place: str) -> bool:

@@ -10,27 +10,32 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import yaml
 from filelock import BaseFileLock, FileLock, Timeout
 
 from fedsim.atomic import remove_unfinished, write_text_atomic
 from fedsim.config.keys import flatten
-from fedsim.errors import RunFolderError
+from fedsim.config.yaml_text import read_yaml
+from fedsim.errors import ConfigError, RunFolderError
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 OWNER_FILE = "run.owner.json"
+
+LARGEST_CONFIG_BYTES = 1 << 20
+
 BEFORE_A_RUN = frozenset({LOCK_FILE, OWNER_FILE, "slurm", "logs", "stop"})
 """What a folder may hold before its run has written anything: the launcher's files, and a request to stop."""
 
 EndStatus = Literal["finished", "preempted", "failed"]
+
+LONGEST_SHOWN = 200
 
 VANISHED = "ended without a word: killed, or its machine was lost"
 
@@ -51,6 +56,19 @@ class RunFolder:
         self._config_tree = config_tree
         self._config_yaml = config_yaml
         self._lock = lock
+        self._identity = _identity(path)
+
+    def check_held(self) -> None:
+        """Check that the folder of this name is still the one that this process holds.
+
+        Raises:
+            RunFolderError: it was deleted or moved; perhaps another one, which somebody else holds, is in its place.
+        """
+        if not self._is_held():
+            raise RunFolderError(
+                f"run folder {self.path} must stay where it is while a run uses it, and was deleted or moved; put it "
+                "back, or start again"
+            )
 
     def status(self) -> str | None:
         """`running`, `finished`, `preempted` or `failed`; None before the first `start`.
@@ -75,7 +93,7 @@ class RunFolder:
         history = before.get("history", [])
         if before:
             history = [*history, _history_entry(before)]
-        for folder in (self.path, self.path / "checkpoints", self.path / "adapters"):
+        for folder in (self.path, *(self.path / name for name in ("checkpoints", "adapters", "wandb"))):
             remove_unfinished(folder)
         write_text_atomic(self.path / CONFIG_FILE, self._config_yaml)
         started = {
@@ -103,7 +121,11 @@ class RunFolder:
             reason: why, unless all rounds are done.
             info: further entries, JSON-like.
             user_error: of a run that failed, whether the same command would fail again until the user mends something.
+
+        Raises:
+            RunFolderError: it cannot be written, or the folder is no longer ours.
         """
+        self.check_held()
         before = self._read_run_file()
         if before and not self.started:  # this start has ended before `start`; the one before it stays known
             history = [*before.get("history", []), _history_entry(before)]
@@ -114,7 +136,8 @@ class RunFolder:
     def close(self) -> None:
         """Let others use the folder. May be called twice."""
         if self._lock.is_locked:
-            (self.path / OWNER_FILE).unlink(missing_ok=True)
+            if self._is_held():
+                (self.path / OWNER_FILE).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> Self:
@@ -125,13 +148,19 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def _is_held(self) -> bool:
+        try:
+            return _identity(self.path) == self._identity
+        except OSError:
+            return False
+
     def _read_run_file(self) -> dict[str, Any]:
         path = self.path / RUN_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunFolderError(
                 f"{path} must be readable JSON ({error}); delete the file and start again"
             ) from error
@@ -139,6 +168,8 @@ class RunFolder:
             raise RunFolderError(
                 f"{path} must hold a JSON object, got {type(content).__name__}; delete the file"
             )
+        if not isinstance(content.get("history", []), list):
+            raise RunFolderError(f"{path} must hold a list under history; restore the file or delete it")
         return content
 
     def _write_run_file(self, content: Mapping[str, Any]) -> None:
@@ -167,7 +198,11 @@ def check_new_folder(path: Path) -> None:
 
 
 def open_run_folder(
-    path: Path, config_tree: Mapping[str, Any], config_yaml: str, safe_keys: Sequence[str]
+    path: Path,
+    config_tree: Mapping[str, Any],
+    config_yaml: str,
+    safe_keys: Sequence[str],
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
 ) -> RunFolder:
     """Create the folder of a run, or enter the one this run has written before, and take its lock.
 
@@ -179,6 +214,7 @@ def open_run_folder(
         config_tree: the resolved configuration as nested dictionaries.
         config_yaml: the same as the text of `config.yaml`.
         safe_keys: dotted keys that may differ from those of an earlier start; a node stands for all below it.
+        complete: puts keys into the tree of an earlier start that it lacks, because an older fedsim wrote it.
 
     Raises:
         RunFolderError: the folder cannot be written, is in use, holds something else than a run, or belongs
@@ -194,7 +230,7 @@ def open_run_folder(
     try:
         tree: dict[str, Any] = json.loads(json.dumps(config_tree))  # tuples become lists, as in the file
         if _has_results(path):
-            _refuse_other_config(path, config_yaml, safe_keys)
+            _refuse_other_config(path, config_yaml, safe_keys, complete)
         else:
             write_text_atomic(path / CONFIG_FILE, config_yaml)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
@@ -233,9 +269,20 @@ def _take_lock(path: Path) -> BaseFileLock:
             f"run folder {path} is in use by another process ({_owner(path)}); "
             "wait for it or choose another run.name"
         ) from error
+    except RuntimeError as error:  # what filelock says of a file system without them
+        raise RunFolderError(
+            f"run.output_dir must be on a file system with file locks (flock), and that of {path} has none; choose "
+            "another run.output_dir"
+        ) from error
     except OSError as error:
         raise _not_writable(path, error) from error
     return lock
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """That of the lock file, which no other file takes on while we hold it open."""
+    found = (path / LOCK_FILE).stat()
+    return found.st_dev, found.st_ino
 
 
 def _owner(path: Path) -> str:
@@ -251,15 +298,19 @@ def _has_results(path: Path) -> bool:
     return (path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def _refuse_other_config(path: Path, config_yaml: str, safe_keys: Sequence[str]) -> None:
-    before = flatten(_read_config(path / CONFIG_FILE))
-    now = flatten(
-        yaml.safe_load(config_yaml)
-    )  # through the same reader, so that equal text is an equal value
-    if not before:
+def _refuse_other_config(
+    path: Path,
+    config_yaml: str,
+    safe_keys: Sequence[str],
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> None:
+    tree = _read_config(path / CONFIG_FILE)
+    if not tree:
         return
+    # both through the same reader and the same completion, so that equal text is an equal value
+    before, now = flatten(complete(tree)), flatten(complete(read_yaml(config_yaml, "the configuration")))
     changed = [
-        f"{key}: {before.get(key, 'not set')!s} -> {now.get(key, 'not set')!s}"
+        f"{key}: {_shown(before, key)} -> {_shown(now, key)}"
         for key in [*before, *(key for key in now if key not in before)]
         if _differ(before, now, key)
         and not any(key == safe or key.startswith(f"{safe}.") for safe in safe_keys)
@@ -274,15 +325,24 @@ def _refuse_other_config(path: Path, config_yaml: str, safe_keys: Sequence[str])
 def _read_config(path: Path) -> Mapping[str, Any]:
     """The tree in the file; empty where there is no file."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_CONFIG_BYTES + 1)
+        if len(raw) > LARGEST_CONFIG_BYTES:
+            raise ValueError(f"longer than {LARGEST_CONFIG_BYTES} bytes")
+        tree = read_yaml(raw.decode("utf-8"), path.name)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise RunFolderError(f"{path} must be readable YAML ({reason}); delete the run folder") from error
     if not isinstance(tree, dict) or not tree:
         raise RunFolderError(f"{path} must hold a configuration tree; delete the run folder")
     return tree
+
+
+def _shown(flat: Mapping[str, Any], key: str) -> str:
+    text = str(flat.get(key, "not set"))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _differ(before: Mapping[str, Any], now: Mapping[str, Any], key: str) -> bool:

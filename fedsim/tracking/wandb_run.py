@@ -1,7 +1,9 @@
 """The mirror of a run in Weights & Biases. The record itself is the run folder; nothing here stops a run."""
 
+import contextlib
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,6 +136,8 @@ class WandbTracker:
                 type(error).__name__,
                 _one_line(error),
             )
+            if isinstance(error, ConnectionError):
+                _forget_service()
             self._stop()
 
     def _stop(self) -> None:
@@ -198,6 +202,14 @@ def _init(wandb: Any, online: bool, arguments: Mapping[str, Any]) -> Any:
     return wandb.init(mode="offline", **arguments)
 
 
+def _forget_service() -> None:
+    """Let go of a service process that has died: what W&B has registered for the exit would fail with a traceback."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown(exit_code=1)
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -218,7 +230,10 @@ def _run_id(folder: Path) -> str:
     """The id of this run folder in W&B, drawn at its first start."""
     path = folder / "run_id.txt"
     if path.exists():
-        return path.read_text(encoding="utf-8").strip()
+        known = path.read_text(encoding="utf-8").strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):  # W&B makes folders of it
+            return known
+        logger.warning("%s does not hold an id of W&B; the run gets a new one there", path)
     run_id = secrets.token_hex(4)
     write_text_atomic(path, run_id + "\n")
     return run_id

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedsim.cache import cache_root
+from tests.faults.damage import rewrite_state
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 Refuse = Callable[..., str]
@@ -443,8 +444,7 @@ def damage_all_checkpoints(folder: Path) -> None:
 
 
 def newer_checkpoint(folder: Path) -> None:
-    path = folder / "checkpoints" / "round_000002" / "state.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    rewrite_state(folder / "checkpoints" / "round_000002", format_version=99)
 
 
 RUN_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -461,7 +461,7 @@ RUN_FOLDERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "clients.parquet": (lambda folder: keep_half(folder / "clients.parquet"), ["clients.parquet cannot be read"]),
     "all checkpoints": (damage_all_checkpoints, ["no checkpoint in", "is readable", "to start again"]),
-    "checkpoint of a later version": (newer_checkpoint, ["must have format version 2, got 99"]),
+    "checkpoint of a later version": (newer_checkpoint, ["must have format version 3 or 2, got 99"]),
 }  # fmt: skip
 
 

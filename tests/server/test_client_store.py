@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.errors import CheckpointError, PeerError, RunFolderError
@@ -28,6 +29,45 @@ def test_versions_are_kept_apart_and_read_back_exactly(tmp_path):
         assert torch.equal(loaded["B|q_proj|B"], torch.full((2, 3), round_index + 0.1))
     assert store.load(5, {17: 3}) == {}, "a client without a version has no state"
     assert (tmp_path / "clients" / "000123" / "client_123456_round_000003.safetensors").exists()
+
+
+def test_a_damaged_or_exchanged_state_is_refused(tmp_path):
+    """A flipped bit, another client's file, an older version: each a valid safetensors file."""
+    store = ClientStore(tmp_path)
+    for client_id, round_index in ((1, 3), (2, 3), (1, 2)):
+        store.save(client_id, round_index, tensors(float(client_id)))
+    path = tmp_path / "000000" / "client_000001_round_000003.safetensors"
+    whole = path.read_bytes()
+    others = [(path.with_name(name)).read_bytes() for name in files(tmp_path) if name != path.name]
+    flipped = [bytearray(whole) for _ in range(8, len(whole), 5)]
+    for index, data in zip(range(8, len(whole), 5), flipped, strict=True):
+        data[index] ^= 1
+    unnoticed = 0
+    for data in [*others, whole[:-3], b"", *map(bytes, flipped)]:
+        path.write_bytes(data)
+        try:
+            loaded = store.load(1, {1: 3})
+        except CheckpointError:
+            continue
+        unnoticed += 1  # the padding of the header may change
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1.0).items())
+    assert unnoticed <= 2
+    path.write_bytes(whole)
+    assert torch.equal(store.load(1, {1: 3})["B|q_proj|B"], torch.full((2, 3), 1.0))
+
+
+def test_a_state_without_checksum_is_read_as_before(tmp_path):
+    store = ClientStore(tmp_path)
+    store.save(1, 3, tensors(1.0))
+    (tmp_path / "000000" / files(tmp_path)[0]).write_bytes(save(tensors(2.0)))
+    assert torch.equal(store.load(1, {1: 3})["B|q_proj|B"], torch.full((2, 3), 2.0))
+
+
+def test_a_run_folder_that_is_gone_is_not_made_anew(tmp_path):
+    store = ClientStore(tmp_path / "run" / "clients")
+    with pytest.raises(RunFolderError, match="No such file or directory"):
+        store.save(1, 0, tensors(1.0))
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_versions_that_a_checkpoint_needs_survive(tmp_path):

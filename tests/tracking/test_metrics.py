@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsim.errors import RunFolderError
-from fedsim.tracking.metrics import ClientTable, MetricsLog
+from fedsim.tracking.metrics import ClientTable, MetricsLog, whole_rounds
 
 
 def record(round_index, **more):
@@ -87,7 +87,7 @@ def test_torn_last_line_is_dropped_and_said(path, caplog, tail):
         file.write(tail)
     with caplog.at_level(logging.WARNING):
         log = MetricsLog(path)
-    assert "dropped its last line" in caplog.text
+    assert "its last line is dropped" in caplog.text
     log.append(record(2))
     assert log.read() == [record(0), record(1), record(2)]
 
@@ -203,3 +203,38 @@ def test_damaged_or_foreign_table_is_one_line(table_path):
     pq.write_table(pa.table({"a": [1]}), table_path)
     with pytest.raises(RunFolderError, match=r"must have the columns round_index.*got a; "):
         ClientTable(table_path)
+
+
+def test_whole_rounds_are_those_without_a_gap(tmp_path):
+    """The client table says nothing about rounds without clients, and everything about the others."""
+    log, table = MetricsLog(tmp_path / "metrics.jsonl"), ClientTable(tmp_path / "clients.parquet")
+    for round_index, num_clients in enumerate((1, 0, 2, 2, 1)):
+        log.append(record(round_index) | {"cohort/num_clients": num_clients})
+        if round_index not in (1, 3):
+            table.append_rows([row(round_index, 7)])
+    assert whole_rounds(log, table) == 3
+    table.append_rows([row(3, 7)])
+    assert whole_rounds(log, table) == 5
+    lines = log._path.read_text().splitlines(keepends=True)
+    log._path.write_text("".join(lines[:2] + lines[3:]))
+    assert whole_rounds(MetricsLog(log._path), table) == 2
+    log._path.write_text("".join(lines[1:]))
+    assert whole_rounds(MetricsLog(log._path), table) == 0
+
+
+def test_no_flipped_bit_changes_the_table_unnoticed(tmp_path):
+    path = tmp_path / "clients.parquet"
+    table = ClientTable(path)
+    table.append_rows([row(round_index, client_id) for round_index in range(3) for client_id in range(4)])
+    table.flush()
+    whole, rows = path.read_bytes(), pq.ParquetFile(path).read()
+    refused = 0
+    for index in range(0, len(whole), 11):
+        damaged = bytearray(whole)
+        damaged[index] ^= 1 << index % 8
+        path.write_bytes(bytes(damaged))
+        try:
+            assert ClientTable(path).newest(99).equals(rows), index
+        except RunFolderError:
+            refused += 1
+    assert refused > len(whole) / 44
