@@ -41,6 +41,10 @@ class CheckpointError(FedsimError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class SchedulerError(FedsimError):
+    """The cluster's scheduler is not there, or refuses what it is asked for."""
+
+
 class PeerError(FedsimError):
     """Work failed on some ranks, so every rank stops.
 

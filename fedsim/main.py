@@ -139,9 +139,14 @@ def _with_group(command: "CommandLine", requests: StopRequests) -> int:
 def _simulate(command: "CommandLine", group: "Group", requests: StopRequests) -> int:
     from fedsim.comm.agree import same_everywhere
     from fedsim.config.loader import config_hash, to_yaml
-    from fedsim.simulation import dry_run, simulate
+    from fedsim.simulation import dry_run, estimate, simulate
 
     same_everywhere(group, "the configuration", config_hash(command.config))
+    if command.estimate is not None:
+        text = estimate(command.config, group, command.estimate)
+        if group.rank == 0:
+            sys.stdout.write(f"{text}\n")
+        return 0
     if command.dry_run:
         text = dry_run(command.config, group)
         if group.rank == 0:

@@ -16,7 +16,7 @@ from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
-from fedsim.config.loader import SAFE_KEYS, complete_tree, to_tree, to_yaml
+from fedsim.config.loader import SAFE_KEYS, EstimateOptions, complete_tree, to_tree, to_yaml
 from fedsim.config.paths import is_there, local_path
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
@@ -28,6 +28,7 @@ from fedsim.errors import (
     RunFolderError,
     is_user_error,
 )
+from fedsim.estimate.build import build_device, build_estimate
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.lowrank import combine
 from fedsim.lora.payload import pickled_payload_mib
@@ -42,17 +43,23 @@ from fedsim.server.build import (
     build_cohort_policy,
     build_federated_strategy,
     build_initial_adapter,
+    build_participation,
     build_run,
+    build_stopping_rule,
     build_tiers,
 )
 from fedsim.server.checkpoint import (
     CheckpointWriter,
+    checkpoint_path,
     kept_client_versions,
     list_checkpoints,
+    load_checkpoint,
     load_newest_checkpoint,
     rounds_completed,
+    saved_best,
 )
 from fedsim.server.client_store import ClientStore
+from fedsim.server.early_stopping import why_stopped
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
@@ -93,6 +100,21 @@ def dry_run(config: Config, group: Group) -> str:
     return "\n".join(summary.lines())
 
 
+def estimate(config: Config, group: Group, options: EstimateOptions) -> str:
+    """Say what the run would cost, with weights only for a probe; nothing is written but `options.json_path`.
+
+    Raises:
+        PeerError, FedsimError: the run would fail, or the options contradict it.
+    """
+    device = build_device(config, group, options.gpu, options.processes, options.probe)
+    summary, _ = _prepare_data(config, group)
+    estimated = build_estimate(config, group, summary, device, options.probe)
+    with all_or_none(group, "writing the estimate"):
+        if group.rank == 0 and options.json_path is not None:
+            write_text_atomic(options.json_path, json.dumps(estimated.to_json(), indent=2) + "\n")
+    return "\n".join(summary.lines() + estimated.lines())
+
+
 def simulate(config: Config, group: Group, requests: StopRequests | None = None) -> None:
     """Run, or resume, until the last round, and leave a complete run folder.
 
@@ -114,9 +136,9 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 records = _open_existing(config, open_things)
                 finished = records is not None and records.is_finished(config)
         if group.broadcast_object(finished):
-            logger.info(
-                "run %s is finished (%d rounds); nothing to do", _folder_path(config), config.run.rounds
-            )
+            early = None if records is None else records.folder.recorded("reason")
+            how = early or f"{config.run.rounds} rounds"
+            logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
             return
         try:
             summary, data = _prepare_data(config, group)
@@ -198,13 +220,13 @@ class Records:
         return self.folder.path / CHECKPOINTS
 
     def is_finished(self, config: Config) -> bool:
-        """Whether all rounds that are asked for have been run and the run was closed properly."""
+        """Whether all rounds that are asked for have been run, or it stopped early, and the run was closed properly."""
         found = list_checkpoints(self.checkpoints)
-        return (
-            self.folder.status() == "finished"
-            and bool(found)
-            and rounds_completed(found[-1]) >= config.run.rounds
-        )
+        if self.folder.status() != "finished" or not found:
+            return False
+        rule = build_stopping_rule(config)
+        stopped = rule is not None and rule.stops(saved_best(found[-1]))
+        return stopped or rounds_completed(found[-1]) >= config.run.rounds
 
     def check_same_inputs(self, inputs: Mapping[str, str]) -> None:
         """Check that a run that is resumed still has the data and the base it began with.
@@ -310,6 +332,7 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
             build_cohort_policy(config.cohort, num_clients),
             tiers,
             build_federated_strategy(config, description.targets, tiers, num_clients),
+            build_participation(config, tiers),
         )
     return summary, data
 
@@ -339,7 +362,7 @@ def _run_rounds(
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         stops.budget.rounds_begin()
-        while state.round_index < run.rounds:
+        while not run.is_over(state):
             round_index = state.round_index
             before = state
             state, report = run_round(state, run)
@@ -358,14 +381,14 @@ def _run_rounds(
                     records.clients.append_rows(client_rows(report))
                     if report.spectra:
                         records.spectra.append({"round_index": round_index, **report.spectra})
-                    if asked is not None or _checkpoint_is_due(config, state):
+                    for due in _due_checkpoints(config, run, before, state, records, asked is not None):
                         records.clients.flush()
-                        records.writer.save(state, config.checkpoint.keep_last)
+                        records.writer.save(due, config.checkpoint.keep_last)
                     if asked is not None:
                         records.writer.wait()
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
-            if asked is not None and state.round_index < run.rounds:
+            if asked is not None and not run.is_over(state):
                 raise Preempted(f"{asked}, after round {state.round_index} of {run.rounds}")
         with all_or_none(group, "writing the adapter"):
             if records is not None:
@@ -380,8 +403,18 @@ def _check_finite(initial_loss: float, base_name: str) -> None:
         )
 
 
-def _checkpoint_is_due(config: Config, state: ServerState) -> bool:
-    return state.round_index % config.checkpoint.every_rounds == 0 or state.round_index == config.run.rounds
+def _due_checkpoints(
+    config: Config, run: Run, before: ServerState, state: ServerState, records: Records, stops: bool
+) -> list[ServerState]:
+    """What is to be saved after a round, oldest first; with `stops`, the run is to stop here."""
+    best_after = None if state.best is None else state.best.rounds
+    due = []
+    if best_after == before.round_index and not checkpoint_path(records.checkpoints, best_after).exists():
+        due.append(before)  # only this round has found out that the one before it left the best state so far
+    is_regular = state.round_index % config.checkpoint.every_rounds == 0
+    if is_regular or stops or run.is_over(state) or best_after == state.round_index:
+        due.append(state)
+    return due
 
 
 def _settle_checkpoint(run: Run, state: ServerState, records: Records) -> None:
@@ -458,6 +491,7 @@ def _reporting(
                             "base": summary.base_parameters,
                             "adapter": summary.adapter.num_parameters,
                         },
+                        "answers": summary.answer_counts(),
                     }
                 )
                 partition = json.dumps(summary.data.partition.to_json()) + "\n"
@@ -486,8 +520,9 @@ def _finish(
     """Export what was trained and close the records."""
     path = records.folder.path
     _settle_checkpoint(run, state, records)
+    exported = _exported(config, state, records)
     if run.strategy.traits.has_global_model:
-        adapter = combine(run.strategy.export(state), state.base_update)
+        adapter = combine(run.strategy.export(exported), exported.base_update)
         _export(config, base, adapter, path / ADAPTER)
         tracker.log_adapter(path / ADAPTER)
         if config.run.merged_model:
@@ -502,8 +537,27 @@ def _finish(
             _export(config, base, adapter, path / CLIENT_ADAPTERS / f"client_{client_id:06d}")
     tracker.log_clients(records.clients)
     tracker.finish(0)
-    records.folder.finish("finished")
-    logger.info("run %s is finished (%d rounds)", path, state.round_index)
+    reason, info = None, None
+    if run.stopping is not None and state.best is not None:
+        reason = why_stopped(run.stopping, state, run.rounds)
+        info = {
+            "metric": run.stopping.figure,
+            "best": state.best.score,
+            "best_after_rounds": state.best.rounds,
+            "rounds": state.round_index,
+            "stopped_early": reason is not None,
+            "exported_after_rounds": exported.round_index,
+        }
+    records.folder.finish("finished", reason, {} if info is None else {"early_stopping": info})
+    logger.info("run %s is finished (%s)", path, reason or f"{state.round_index} rounds")
+
+
+def _exported(config: Config, state: ServerState, records: Records) -> ServerState:
+    """The state that is exported: the best one so far where that is asked for, else the last one."""
+    best = state.best
+    if best is None or config.early_stopping.export == "last" or best.rounds == state.round_index:
+        return state
+    return load_checkpoint(records.checkpoints, best.rounds)
 
 
 def _export(config: Config, base: BaseModel, adapter: AdapterState, folder: Path) -> None:

@@ -4,15 +4,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from fedsim.errors import FedsimError
-from launch import local, sweep
+from launch import cancel, check, local, logs, status, submit, sweep
 
-COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"local": local.main, "sweep": sweep.main}
+COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "local": local.main,
+    "submit": submit.main,
+    "sweep": sweep.main,
+    "status": status.main,
+    "cancel": cancel.main,
+    "logs": logs.main,
+    "check": check.main,
+}
 
 USAGE = """\
 usage: python -m launch COMMAND ...
 
   local   run on this machine: one process a GPU, or one for every few cores
-  sweep   run several values of some keys, and several seeds, one after another
+  submit  run as a Slurm job that goes on after its time limit, preemption and failures
+  sweep   run several values of some keys, and several seeds: here one after another, or as a Slurm array
+  status  what Slurm and the run folders say about runs
+  cancel  end the jobs of runs
+  logs    the newest output of runs
+  check   is this configuration right, and which run is it?
 
 `python -m launch COMMAND --help` explains a command.
 """

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: the configuration, or what it asks of this machine, is wrong.
     """
-    own, extra = _split(arguments)
+    own, extra = split_arguments(arguments)
     options = _parser().parse_intermixed_args(own)
     run_arguments = list(options.rest)
     if options.threads is not None:
@@ -122,7 +122,7 @@ def choose_processes(config: Config, machine: Machine) -> tuple[int, str]:
     else:
         offered = max(1, machine.num_cores // threads)
         reason = f"{machine.num_cores} cores, {threads} a process"
-    useful = _num_packs(config)
+    useful = num_packs(config)
     if offered > useful:
         return useful, f"a round has no more packs than that; there is room for {offered} ({reason})"
     return offered, reason
@@ -153,7 +153,7 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _num_packs(config: Config) -> int:
+def num_packs(config: Config) -> int:
     """Packs of a round, at most: what there is to deal out to processes."""
     if config.strategy.name == "centralized":
         return 1  # one virtual client
@@ -168,7 +168,7 @@ def _num_packs(config: Config) -> int:
     return min(size, config.training.pack.num_packs)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What stands before and behind the first `--`."""
     if "--" not in arguments:
         return list(arguments), []

@@ -1,7 +1,9 @@
-"""`python -m launch sweep`: one configuration with several values of some keys and several seeds, run after run."""
+"""`python -m launch sweep`: one configuration with several values of some keys and several seeds.
+
+On this machine run after run, or as a job array of Slurm: an option that only Slurm understands decides.
+"""
 
 import argparse
-import itertools
 import os
 import re
 import subprocess
@@ -9,81 +11,43 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from fedsim.config.loader import parse_command_line
 from fedsim.errors import ConfigError
+from launch.arms import Arm, arm_arguments, make_arms
+from launch.array import submit_sweep
 from launch.local import LAUNCHER_VARIABLES, Machine, Plan, count_cores, count_gpus, plan_local, positive
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Overrides that make one point of a sweep, and what to call it.
-
-    Attributes:
-        name: part of the run's name; empty for the configuration as it is.
-        overrides: KEY=VALUE.
-    """
-
-    name: str
-    overrides: tuple[str, ...]
+from launch.options import add_slurm_options, parse_options
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check every configuration, then run them; 0 if all of them finished.
+    """Check every configuration, then run or submit them; 0 if all of them finished, or were taken.
 
     Raises:
         ConfigError: a configuration, or what it asks of this machine, is wrong; nothing has been started then.
+        RunFolderError: with Slurm: a run cannot use its folder, or the sweep was submitted before.
+        SchedulerError: Slurm is not there, or refuses the jobs.
     """
-    options = _parser().parse_intermixed_args(list(arguments))
+    parser, slurm_options = _parser()
+    options = parse_options(parser, arguments)
     arms = make_arms(options.grid, options.arm, options.seeds)
-    machine = Machine(count_gpus(os.environ), max(1, count_cores() // options.jobs))
+    for_slurm = [name for name in slurm_options if getattr(options, name)]
+    if for_slurm:
+        local = [f"--{name}" for name in ("jobs", "processes", "print") if getattr(options, name)]
+        if local:
+            raise ConfigError(
+                f"{' and '.join(local)} must be left out with {_as_option(for_slurm[0])}, which chooses Slurm; there "
+                "--parallel says how many runs at a time, --processes-per-node how many processes, --dry-run shows it"
+            )
+        return submit_sweep(options, arms)
+    jobs = options.jobs or 1
+    machine = Machine(count_gpus(os.environ), max(1, count_cores() // jobs))
     plans = plan_sweep(options.rest, arms, machine, options.processes)
     if options.print:
         for plan in plans:
             print(plan.as_text())
         return 0
-    return run_all(plans, [arm.name for arm in arms], options.jobs)
-
-
-def make_arms(grids: Sequence[str], extra: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
-    """All combinations of the grids, then the extra arms; each of them with every seed.
-
-    Args:
-        grids: KEY=V1,V2,... each.
-        extra: KEY=VALUE[,KEY=VALUE...] each.
-        seeds: values of run.seed; none for the configuration's own.
-
-    Raises:
-        ConfigError: a grid has no value, or two arms would have one name.
-    """
-    choices = []
-    for grid in grids:
-        key, _, values = grid.partition("=")
-        if not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key) or not values:
-            raise ConfigError(f"--grid must be KEY=VALUE,VALUE,..., got '{grid}'")
-        choices.append([f"{key}={value}" for value in values.split(",")])
-    points = [list(point) for point in itertools.product(*choices)] if choices else []
-    points += [arm.split(",") for arm in extra]
-    seeded = [
-        [*point, *([] if seed is None else [f"run.seed={seed}"])]
-        for point in points or [[]]
-        for seed in (seeds or (None,))
-    ]
-    arms = [Arm("-".join(_short(override) for override in point), tuple(point)) for point in seeded]
-    names = [arm.name for arm in arms]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(
-            f"every arm of a sweep must have a name of its own, got {', '.join(twice)} more than once"
-        )
-    return arms
-
-
-def _short(override: str) -> str:
-    """A part of a run's name: the last part of the key and the value, in characters that a name may have."""
-    key, _, value = override.partition("=")
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{key.rpartition('.')[2]}_{value}").strip("_")
+    return run_all(plans, [arm.name for arm in arms], jobs)
 
 
 def plan_sweep(
@@ -100,12 +64,10 @@ def plan_sweep(
     Raises:
         ConfigError: a configuration is wrong.
     """
-    plans = []
     base = parse_command_line(list(run_arguments)).config.run.name
-    common = [argument for argument in run_arguments if not argument.startswith("run.name=")]
+    plans = []
     for arm in arms:
-        name = f"{base}-{arm.name}" if arm.name else base
-        whole = [*common, *arm.overrides, f"run.name={name}"]
+        whole = arm_arguments(run_arguments, arm, base)
         plans.append(plan_local(parse_command_line(whole).config, machine, whole, processes))
     return plans
 
@@ -130,11 +92,18 @@ def run_all(plans: Sequence[Plan], names: Sequence[str], jobs: int) -> int:
     return next((code for code in codes if code != 0), 0)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _as_option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of the options that choose Slurm."""
     parser = argparse.ArgumentParser(
         prog="python -m launch sweep",
-        description="Run a configuration with several values of some keys, and several seeds, one run after another. "
-        "Each run has a folder of its own; the same command again goes on where it stopped.",
+        description="Run a configuration with several values of some keys, and several seeds. Without options of Slurm "
+        "the runs are made on this machine, one after another, and the same command again goes on where it stopped. "
+        "With any of them, such as --nodes, --time, --partition, --profile or just --slurm, they are submitted as a "
+        "job array. Each run has a folder of its own.",
         epilog="example: python -m launch sweep configs/quickstart.yaml --grid "
         "data.partition.dirichlet_alpha=0.1,1,100 --arm data.partition.name=iid --seeds 0,1,2",
         allow_abbrev=False,
@@ -152,18 +121,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=_seeds, default=(), metavar="0,1,2", help="values of run.seed for every point"
     )
-    parser.add_argument(
-        "--jobs", type=positive, default=1, metavar="N", help="runs at the same time; default: 1"
-    )
-    parser.add_argument(
+    local = parser.add_argument_group("this machine")
+    local.add_argument("--jobs", type=positive, metavar="N", help="runs at the same time; default: 1")
+    local.add_argument(
         "--processes",
         type=positive,
         metavar="N",
         help="processes of each run; default: as `launch local` decides",
     )
-    parser.add_argument("--print", action="store_true", help="print the commands, and stop")
+    local.add_argument("--print", action="store_true", help="print the commands, and stop")
     parser.add_argument("rest", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="as for fedsim.main")
-    return parser
+    names = {action.dest for action in parser._actions}
+    group = add_slurm_options(parser)
+    group.add_argument(
+        "--slurm", action="store_true", help="submit, though no other option of Slurm is given"
+    )
+    group.add_argument(
+        "--parallel", type=positive, metavar="M", help="elements of the array that run at a time"
+    )
+    group.add_argument(
+        "--resubmit",
+        action="store_true",
+        help="a sweep that was submitted before: send what has not finished",
+    )
+    return parser, [action.dest for action in parser._actions if action.dest not in names]
 
 
 def _seeds(text: str) -> tuple[int, ...]:

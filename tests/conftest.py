@@ -25,6 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write the results of this run into tests/golden; say in the commit why they moved",
     )
     parser.addoption(
+        "--slurm-full",
+        action="store_true",
+        help="all cases of tests/slurm, which take a quarter of an hour, not only the two minutes of them",
+    )
+    parser.addoption(
         "--fault-seed",
         default="0",
         help="seed of the faults that tests/faults draws; another one tries other faults",

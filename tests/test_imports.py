@@ -23,6 +23,17 @@ ROOMS: dict[str, set[str]] = {
     "tracking": {"config"},
     "report": {"config"},
     "server": {"config", "lora", "aggregation", "data", "models", "training", "evaluation", "comm"},
+    "estimate": {
+        "config",
+        "lora",
+        "aggregation",
+        "data",
+        "models",
+        "training",
+        "evaluation",
+        "comm",
+        "server",
+    },
 }
 """Room -> the other rooms it may import."""
 
@@ -174,6 +185,8 @@ def test_the_table_names_only_rooms_that_exist() -> None:
         ("plotting", "import json"),
         ("report", "from fedsim.tracking.metrics import MetricsLog"),
         ("report", "def f():\n    from fedsim.server import summary"),
+        ("server", "from fedsim.estimate import build"),
+        ("estimate", "from fedsim.tracking import run_folder"),
     ],
 )
 def test_a_forbidden_edge_is_found(place: str, source: str) -> None:

@@ -19,6 +19,7 @@ PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "slurm" / "README.md", *sorted((R
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"(?<![\w./-])([a-z_]+(?:\.[a-z_0-9]+)+)=")
+TEMPLATES = {f"slurm/{path.name}" for path in (ROOT / "slurm").glob("*.sbatch")} - {"slurm/array.sbatch"}
 STREAM_MAKERS = {"derive_seed", "numpy_generator", "torch_generator", "token_keys"}
 
 
@@ -59,15 +60,22 @@ def test_both_commands_pin_the_same_torch() -> None:
     assert pins[0] == pins[1]
 
 
+def is_for_the_run(word: str) -> bool:
+    """Whether a word of a launcher's command line is fedsim.main's: a file or KEY=VALUE, but no list of values."""
+    return word.endswith(".yaml") or (ASSIGNMENT.match(word) is not None and "," not in word)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_have_a_configuration_that_is_accepted(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for words in shell_lines(page):
-        starts = {"fedsim.main", "slurm/single_node.sbatch"} & set(words)
+        starts = {"fedsim.main", *TEMPLATES} & set(words)
         if starts and "--help" not in words:
             parse_command_line(words[words.index(starts.pop()) + 1 :])
         if words[1:4] == ["-m", "launch", "local"]:
             parse_command_line(words[4:])
+        if words[1:4] in (["-m", "launch", "submit"], ["-m", "launch", "sweep"]):
+            parse_command_line([word for word in words[4:] if is_for_the_run(word)])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -78,7 +86,7 @@ def test_keys_exist(page: Path) -> None:
     named = {name for name in ASSIGNMENT.findall(text) if name.partition(".")[0] in roots}
     for code in inline_code(page):
         is_key = re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", code) and code.partition(".")[0] in roots
-        if is_key and not code.endswith((".json", ".jsonl", ".yaml", ".lock", ".py")):
+        if is_key and not code.endswith((".json", ".jsonl", ".yaml", ".lock", ".parquet", ".py")):
             named.add(code)
 
     assert sorted(named - known) == []

@@ -82,9 +82,7 @@ def _known(name: str, federation: Federation, arguments: dict[str, Any]) -> Stra
         "fedsa": lambda: FedSaLora(federation),
         "fedsvd": lambda: FedSVD(federation),
         "florist": lambda: Florist(federation, **arguments),
-        "slora": lambda: SLoRA(
-            federation, **{**arguments, "then": _known(arguments["then"], federation, {})}
-        ),
+        "slora": lambda: _slora(federation, **arguments),
         "scaffold": lambda: Scaffold(federation),
     }
     if name not in known:
@@ -92,6 +90,13 @@ def _known(name: str, federation: Federation, arguments: dict[str, Any]) -> Stra
             f"strategy.name must be one of {', '.join(known)}, or package.module:Class, got '{name}'"
         )
     return known[name]()
+
+
+def _slora(
+    federation: Federation, then: str, then_arguments: Mapping[str, Any] | None = None, **arguments: Any
+) -> SLoRA:
+    """SLoRA, whose second stage is the strategy called `then`."""
+    return SLoRA(federation, then=_known(then, federation, dict(then_arguments or {})), **arguments)
 
 
 def _own_class(name: str, federation: Federation, options: Mapping[str, Any]) -> Strategy:

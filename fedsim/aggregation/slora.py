@@ -19,7 +19,7 @@ from fedsim.lora.lowrank import full_rank
 from fedsim.lora.plan import BOTH, ONLY_A, ONLY_B, Client, ClientPlan, Sides, Upload, sides_bytes
 from fedsim.lora.state import ServerState
 from fedsim.lora.svd import product_svd
-from fedsim.lora.updates import ClientReport
+from fedsim.lora.updates import POOLED_CLIENT, ClientReport
 from fedsim.seeding import numpy_generator
 
 SPARSE = "sparse"
@@ -34,12 +34,17 @@ class SLoRA:
         W_k = W_0 + M * D_k,    D = sum_k p_k D_k                 full weights, without LoRA; D = 0 at first
 
     All clients and rounds have the same M, so that the mean has the density of one update (our reading of the paper,
-    whose text was not at hand). Stage 2 starts from the best approximation of rank r, U S V^T = svd(M * D):
+    whose text was not at hand). Where clients have densities of their own, M is that of the largest, and a client
+    trains a part of M: that of a smaller density lies within that of every larger one. It receives all of D, keeps
+    the values outside its part, with which it enters the mean, and sends the others. Stage 2 starts from the best
+    approximation of rank r, U S V^T = svd(M * D):
 
         A = V_r^T,    B = U_r S_r / scaling(r)                    so that scaling(r) B A = svd_r(M * D)
 
-    on the base as it was loaded, and goes on as another strategy: FedAvg where all have one LoRA rank, FlexLoRA where
-    they do not. Where the rank of D is below r, rows of A are those of a fresh adapter, and columns of B are zero.
+    on the base as it was loaded, and goes on as another strategy: FedAvg where all have one LoRA rank, FlexLoRA or
+    HetLoRA where they do not; as components are sorted by singular value, the first r of them are the best
+    approximation for a client of any smaller rank r. Where the rank of D is below r, rows of A are those of a fresh
+    adapter, and columns of B are zero.
 
     For the trainer a full weight is LoRA of full rank with the identity on the smaller side, frozen, and scaling 1. The
     values of D at M travel, in both directions; their positions follow from the run's seed.
@@ -54,34 +59,51 @@ class SLoRA:
         rounds: of stage 1, > 0.
         density: n / (o i), in (0, 1]; rounded to whole weights, at least one of each module.
         then: the strategy of stage 2, one that starts from `ServerState.adapter` alone.
+        client_densities: client -> its density, in place of `density`; empty for one density. The virtual client of
+            pooled data has the largest.
         positions: module -> (n,) sorted indices of M in the row-major (o, i) weight, int64 on the CPU.
+        parts: density -> module -> (n,) bool on the CPU: which entries of `positions` a client of that density trains.
     """
 
     federation: Federation
     rounds: int
     density: float
     then: Strategy
+    client_densities: tuple[float, ...] = ()
     name: str = "slora"
     positions: Mapping[str, Tensor] = field(init=False, repr=False, compare=False)
+    parts: Mapping[float, Mapping[str, Tensor]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ConfigError(f"strategy.slora.rounds must be positive, got {self.rounds}")
-        if not 0 < self.density <= 1:
-            raise ConfigError(f"strategy.slora.density must be in (0, 1], got {self.density}")
+        for density in (self.density, *self.client_densities):
+            if not 0 < density <= 1:
+                raise ConfigError(f"strategy.slora.density must be in (0, 1], got {density}")
+        if len(self.client_densities) not in (0, self.federation.num_clients):
+            raise ConfigError(
+                f"strategy.slora: {self.federation.num_clients} clients must have a density each, or none of them, got "
+                f"{len(self.client_densities)}"
+            )
+        densities = sorted({*self.client_densities} or {self.density}, reverse=True)
+        seed, sizes = self.federation.seed, {m: i * o for m, (i, o) in self.federation.targets.items()}
         positions = {
-            module: draw_positions(module, in_features * out_features, self.density, self.federation.seed)
-            for module, (in_features, out_features) in self.federation.targets.items()
+            m: draw_positions(m, num_weights, densities[0], seed) for m, num_weights in sizes.items()
+        }
+        parts = {
+            density: {m: draw_part(m, len(positions[m]), sizes[m], density, seed) for m in sizes}
+            for density in densities
         }
         object.__setattr__(self, "positions", positions)
+        object.__setattr__(self, "parts", parts)
 
     @property
     def traits(self) -> Traits:
         """Those of stage 2, but that nothing is wrapped around it, for the change of stages is no mean.
 
-        That change also happens in a round without clients.
+        That change also happens in a round without clients. Stage 1 has use for client weights in any case.
         """
-        return replace(self.then.traits, reduce="stack", takes_empty_cohorts=True)
+        return replace(self.then.traits, reduce="stack", takes_empty_cohorts=True, uses_client_weights=True)
 
     def sends(self, state: ServerState) -> Sides:
         """In stage 1 the values, which travel as A."""
@@ -92,10 +114,11 @@ class SLoRA:
         return self._dense(state) if self._is_sparse(state) else self.then.download(state, lora_ranks)
 
     def plan(self, state: ServerState, client: Client, received: AdapterState) -> ClientPlan:
-        """In stage 1: train what M chooses."""
+        """In stage 1: train the client's part of M."""
         if not self._is_sparse(state):
             return self.then.plan(state, client, received)
-        mask = {module: self._mask(module, factors) for module, factors in received.items()}
+        part = self._part(client)
+        mask = {module: self._mask(module, factors, part[module]) for module, factors in received.items()}
         dense_sides = {_dense_side(factors) for factors in received.values()}
         trains = BOTH if len(dense_sides) > 1 else (ONLY_A if dense_sides == {"A"} else ONLY_B)
         return ClientPlan(
@@ -113,14 +136,21 @@ class SLoRA:
         trained: AdapterState,
         report: ClientReport,
     ) -> Upload:
-        """In stage 1 the trained values, (1, n) in place of A; B says nothing and does not travel."""
+        """In stage 1 the values at M, (1, n) in place of A; B says nothing and does not travel.
+
+        Of the values at M a client need send only those of its part, since the server has the others.
+        """
         if not self._is_sparse(state):
             return self.then.upload(state, client, plan, trained, report)
         values = {
             module: _as_values(getattr(factors, _dense_side(factors)).take(self._at(module, factors)))
             for module, factors in trained.items()
         }
-        return Upload(AdapterState(values))
+        if len(self.parts) == 1:
+            return Upload(AdapterState(values))
+        part = self._part(client)
+        sent = sum(int(part[m].count_nonzero()) * factors.A.element_size() for m, factors in values.items())
+        return Upload(AdapterState(values), uplink_bytes=sent)
 
     def aggregate(
         self, state: ServerState, reports: Sequence[ClientReport], factors: FactorStream
@@ -184,10 +214,18 @@ class SLoRA:
         dense[self.positions[module].to(values.device)] = values.reshape(-1)
         return dense.view(out_features, in_features)
 
-    def _mask(self, module: str, factors: LoraFactors) -> LoraFactors:
-        """True at M in the factor that holds the weight; nothing of the identity trains, and its mask has no memory."""
+    def _part(self, client: Client) -> Mapping[str, Tensor]:
+        """Module -> which entries of `positions` the client trains."""
+        if not self.client_densities:
+            return self.parts[self.density]
+        if client.client_id == POOLED_CLIENT:
+            return self.parts[max(self.parts)]
+        return self.parts[self.client_densities[client.client_id]]
+
+    def _mask(self, module: str, factors: LoraFactors, part: Tensor) -> LoraFactors:
+        """True where a part of M trains, in the factor that holds the weight; the identity's mask has no memory."""
         side = _dense_side(factors)
-        chosen = self._scatter(module, torch.ones(self.positions[module].numel(), dtype=torch.bool))
+        chosen = self._scatter(module, part)
         other = getattr(factors, "A" if side == "B" else "B")
         nothing = torch.zeros((), dtype=torch.bool, device=other.device).expand(other.shape)
         chosen = chosen.to(other.device)
@@ -216,6 +254,21 @@ def draw_positions(module: str, num_weights: int, density: float, seed: int) -> 
     )
     drawn.sort()
     return torch.from_numpy(drawn)
+
+
+def draw_part(module: str, num_positions: int, num_weights: int, density: float, seed: int) -> Tensor:
+    """(num_positions,) bool: which of the drawn weights also train at a density that is no larger.
+
+    From the stream (seed, module): the first n of one random order of them, so that parts are nested; all of them at
+    the density of `draw_positions` itself.
+    """
+    count = max(1, round(density * num_weights))
+    if count >= num_positions:
+        return torch.ones(num_positions, dtype=torch.bool)
+    order = numpy_generator(seed, f"slora_part/{module}").permutation(num_positions)
+    part = torch.zeros(num_positions, dtype=torch.bool)
+    part[torch.from_numpy(order[:count])] = True
+    return part
 
 
 def _dense_side(factors: LoraFactors) -> str:

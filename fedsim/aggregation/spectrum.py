@@ -4,7 +4,7 @@ Shapes: o / i = out / in features of a module, r = LoRA rank, q = components of 
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -21,6 +21,8 @@ from fedsim.lora.updates import ClientReport
 
 Holder = Literal["A", "B"]
 """The factor that the singular values are multiplied into."""
+
+ENERGY = "spectrum/energy"
 
 
 def factors_of(
@@ -71,7 +73,8 @@ def aggregate_by_svd(
 ) -> Aggregated:
     """The next state with the best approximation of largest rank of each module's W = sum_k p_k scaling_k B_k A_k.
 
-    The server step of FlexLoRA (arXiv 2402.11505) and HLoRA (arXiv 2503.00813), with the figures of its spectrum.
+    The server step of FlexLoRA (arXiv 2402.11505) and HLoRA (arXiv 2503.00813), with the figures of its spectrum and,
+    where the cohort has one LoRA rank, `gap_to_averaged_factors`.
 
     Args:
         federation: of the run; weights p_k and largest ranks are its.
@@ -87,10 +90,40 @@ def aggregate_by_svd(
         total = WeightedSum(cohort, weights)
         svd = sum_svd(total, largest)
         adapter[module] = factors_of(svd, federation, module, largest, cohort[0].A.dtype, holder)
-        figures[module] = spectrum_figures(svd, [client.rank for client in cohort], total.total_rank)
+        ranks = [client.rank for client in cohort]
+        figures[module] = spectrum_figures(svd, ranks, total.total_rank)
+        if len(set(ranks)) == 1:
+            gap = gap_to_averaged_factors(cohort, weights, svd.energy)
+            figures[module]["spectrum/gap_to_averaged_factors"] = gap
         spectra[module] = tuple(svd.S.tolist())
     after = replace(state, round_index=state.round_index + 1, adapter=AdapterState(adapter))
     return Aggregated(after, figures, spectra)
+
+
+def gap_to_averaged_factors(cohort: Sequence[LoraFactors], weights: Sequence[float], energy: float) -> float:
+    """How far averaging the factors apart, as FedAvg and FedIT do, is from averaging the products:
+
+        ||W - (sum_k p_k scaling_k B_k) (sum_k p_k A_k)||_F / ||W||_F,    W = sum_k p_k scaling_k B_k A_k
+
+    0 for equal clients and for W = 0. Nothing larger than a factor is formed; of a gap below about 1e-7 only rounding
+    is left.
+
+    Args:
+        cohort: K factors of one module and one LoRA rank.
+        weights: K values p_k.
+        energy: ||W||_F^2.
+    """
+    if energy <= 0:
+        return 0.0
+    pairs = [
+        (p * client.scaling * client.B.double(), client.A.double())
+        for p, client in zip(weights, cohort, strict=True)
+    ]
+    up = torch.stack([B for B, _ in pairs]).sum(dim=0)
+    down = torch.stack([p * A for p, (_, A) in zip(weights, pairs, strict=True)]).sum(dim=0)
+    shared = math.fsum(float(((B.mT @ up) * (A @ down.mT)).sum()) for B, A in pairs)
+    squared = energy + float(((up.mT @ up) * (down @ down.mT)).sum()) - 2 * shared
+    return math.sqrt(max(0.0, squared) / energy)
 
 
 def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> dict[str, float]:
@@ -102,6 +135,7 @@ def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> 
         spectrum/effective_rank                exp of the entropy of s_j^2 / sum_j s_j^2 over the components that the
                                                server keeps (Roy and Vetterli 2007, who take s_j instead of s_j^2)
         spectrum/total_rank                    of the stack that W was made from
+        spectrum/energy                        ||W||_F^2
 
     For W = 0 nothing is lost: 1, 0, and an effective rank of 0.
 
@@ -121,7 +155,23 @@ def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> 
         "spectrum/energy_beyond_smallest_rank": 1.0 - smallest,
         "spectrum/effective_rank": _effective_rank(squares),
         "spectrum/total_rank": float(total_rank),
+        ENERGY: energy,
     }
+
+
+def spectra_with_energy(
+    spectra: Mapping[str, tuple[float, ...]], by_module: Mapping[str, Mapping[str, float]]
+) -> dict[str, tuple[float, ...]]:
+    """Singular values by module, and as `<module>/energy` the one figure ||W||_F^2, what was cut off included.
+
+    Without it nobody could tell from the values that the server keeps how much of W they hold.
+    """
+    energies = {
+        f"{module}/energy": (by_module[module][ENERGY],)
+        for module in spectra
+        if ENERGY in by_module.get(module, {})
+    }
+    return {**spectra, **energies}
 
 
 def _effective_rank(squares: list[float]) -> float:

@@ -199,8 +199,8 @@ def broadcast_state(group: Group, known: ServerState | None, state: ServerState 
         sent = {name: before.get(name) is not entry for name, entry in mine.items()}
         versions = state.client_versions
         is_known = known is not None and versions is known.client_versions
-        plan = (state.round_index, None if is_known else dict(versions), sent)
-    round_index, versions, sent = group.broadcast_object(plan)
+        plan = (state.round_index, None if is_known else dict(versions), state.best, state.simulated_s, sent)
+    round_index, versions, best, simulated_s, sent = group.broadcast_object(plan)
     entries = {
         name: broadcast_adapter(group, mine.get(name)) if is_new else before[name]
         for name, is_new in sent.items()
@@ -208,7 +208,10 @@ def broadcast_state(group: Group, known: ServerState | None, state: ServerState 
     if versions is None:
         assert known is not None
         versions = known.client_versions
-    return ServerState(round_index, AdapterState({}), client_versions=versions).with_adapters(entries)
+    bare = ServerState(
+        round_index, AdapterState({}), client_versions=versions, best=best, simulated_s=simulated_s
+    )
+    return bare.with_adapters(entries)
 
 
 def share_modules(group: Group, part: AdapterState, modules: Sequence[str]) -> AdapterState:

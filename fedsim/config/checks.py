@@ -1,5 +1,6 @@
 """Rules that tie several keys together, checked before anything is loaded."""
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -8,6 +9,7 @@ from fedsim.config.messages import refuse
 from fedsim.config.schema import (
     EMBEDDED,
     AggregationConfig,
+    ClientsConfig,
     CohortConfig,
     Config,
     DataConfig,
@@ -55,6 +57,8 @@ def cross_checks(config: Config) -> None:
     refuse(
         [
             *_cohort(config.cohort, config.data.partition.num_clients),
+            *_clients(config),
+            *_published_cohorts(config.cohort, config.run),
             *_data(config.data),
             *_partition(config.data),
             *_model(config.model, config.run),
@@ -62,10 +66,12 @@ def cross_checks(config: Config) -> None:
             *_training(config.training),
             *_checkpointing(config.training, config.model),
             *_strategy(config.strategy),
+            *_slora(config),
             *_scaffold(config),
             *_aggregation(config.aggregation, config.run),
             *_privacy(config),
             *_evaluation(config.evaluation, config.data),
+            *_early_stopping(config),
             *_comm(config),
         ]
     )
@@ -97,8 +103,8 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
     )
     if cohort.size is not None and cohort.size > num_clients:
         yield f"cohort.size must be in [1, {limit}], got {cohort.size}"
-    if cohort.sampling == "poisson" and cohort.client_ids is not None:
-        yield "cohort.sampling must be fixed when cohort.client_ids is set, got 'poisson'"
+    if cohort.sampling != "fixed" and cohort.client_ids is not None:
+        yield f"cohort.sampling must be fixed when cohort.client_ids is set, got {show(cohort.sampling)}"
     if cohort.client_ids is not None:
         outside = [client_id for client_id in cohort.client_ids if client_id >= num_clients]
         if outside:
@@ -106,6 +112,67 @@ def _cohort(cohort: CohortConfig, num_clients: int) -> Iterator[str]:
         twice = sorted({i for i in cohort.client_ids if cohort.client_ids.count(i) > 1})
         if twice:
             yield f"cohort.client_ids must name each client once, got {show(twice)} more than once"
+
+
+def _clients(config: Config) -> Iterator[str]:
+    """Unreliable clients and the simulated clock."""
+    clients, num_clients = config.clients, config.data.partition.num_clients
+    yield from _clock(clients)
+    for index, outage in enumerate(clients.outages):
+        where = f"clients.outages[{index}]"
+        if outage.until_round <= outage.from_round:
+            yield f"{where}.until_round must be above from_round={outage.from_round}, got {outage.until_round}"
+        outside = [client_id for client_id in outage.client_ids if client_id >= num_clients]
+        if outside:
+            yield f"{where}.client_ids must be below data.partition.num_clients={num_clients}, got {show(outside)}"
+        if outage.client_ids and outage.share != 1:
+            yield f"{where}.share must stay at its default 1.0 when client_ids is set, got {show(outage.share)}"
+    if clients.corruption.kind != "scaled":
+        because = f"when clients.corruption.kind is {clients.corruption.kind}"
+        yield from _unused("clients.corruption", clients.corruption, ("scale",), because)
+    if clients.over_selection > 1:
+        yield from _over_selection(config.cohort, clients.over_selection, num_clients)
+    if config.cohort.sampling == "flexlora":
+        because = "with cohort.sampling=flexlora, whose cohorts are those of the published code"
+        yield from _unused("clients", clients, ("availability", "outages"), because)
+    if config.strategy.name == "centralized" and clients != ClientsConfig():
+        yield "clients must be left at its defaults with strategy.name=centralized, which has no clients to lose"
+
+
+def _clock(clients: ClientsConfig) -> Iterator[str]:
+    """Keys that need simulated times."""
+    if clients.devices:
+        return
+    because = "when clients.devices is empty, without which there is no simulated clock"
+    yield from _unused("clients", clients, ("over_selection", "deadline_s"), because)
+    yield from _unused("clients.slowness", clients.slowness, ("name", "spread", "each_round"), because)
+
+
+def _over_selection(cohort: CohortConfig, factor: float, num_clients: int) -> Iterator[str]:
+    if cohort.sampling != "fixed" or cohort.client_ids is not None:
+        yield (
+            "clients.over_selection must be 1 unless a fixed number of clients is drawn (cohort.size or "
+            f"cohort.fraction, cohort.sampling=fixed), got {show(factor)}"
+        )
+        return
+    wanted = (
+        cohort.size if cohort.size is not None else max(1, int((cohort.fraction or 0) * num_clients + 1e-9))
+    )
+    if math.ceil(wanted * factor - 1e-9) > num_clients:
+        yield (
+            f"clients.over_selection times the cohort of {wanted} clients must be at most "
+            f"data.partition.num_clients={num_clients}, got {show(factor)}"
+        )
+
+
+def _published_cohorts(cohort: CohortConfig, run: RunConfig) -> Iterator[str]:
+    """That code makes a seed of 32 bits from the round and its own seed (`server.cohort.published_seed`)."""
+    largest = (2**32 - 1) // (20 * max(1, run.rounds - 1)) - 200
+    if cohort.sampling == "flexlora" and run.seed > largest:
+        yield (
+            f"run.seed must be at most {largest} with cohort.sampling=flexlora and run.rounds={run.rounds}, whose "
+            f"seeds have 32 bits, got {run.seed}"
+        )
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -281,7 +348,14 @@ def _training(training: TrainingConfig) -> Iterator[str]:
     if training.local_steps is not None and warmup > training.local_steps:
         limit = f"training.local_steps={training.local_steps}"
         yield f"training.schedule.warmup_steps must be at most {limit}, got {warmup}"
+    if training.max_update_norm is None:
+        yield from _unused(
+            "training", training, ("on_large_update",), "when training.max_update_norm is null"
+        )
     yield from _optimizer(training.optimizer)
+    begins = [phase.from_round for phase in training.round_schedule]
+    if begins != sorted(set(begins)):
+        yield f"training.round_schedule must have ascending values of from_round, got {show(begins)}"
 
 
 def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
@@ -294,7 +368,7 @@ OPTIONS_OF = ("hetlora", "florist", "slora")
 
 def _strategy(strategy: StrategyConfig) -> Iterator[str]:
     for section in OPTIONS_OF:
-        if strategy.name == section:
+        if section in (strategy.name, strategy.slora.then if strategy.name == "slora" else None):
             continue
         node = getattr(strategy, section)
         because = f"when strategy.name is {strategy.name}"
@@ -306,6 +380,22 @@ def _strategy(strategy: StrategyConfig) -> Iterator[str]:
             ("options",),
             "unless strategy.name is a class of your own (package.module:Class)",
         )
+
+
+def _slora(config: Config) -> Iterator[str]:
+    """Densities go by tier, of which the configuration must say the order."""
+    densities, lora = config.strategy.slora.tier_densities, config.lora
+    if config.strategy.name != "slora" or not densities:
+        return
+    key = "strategy.slora.tier_densities"
+    yield from _unused("strategy.slora", config.strategy.slora, ("density",), f"when {key} is set")
+    if lora.distribution == "by_size" or (lora.distribution is None and not lora.tiers):
+        yield f"{key} must be empty unless lora.tiers or lora.distribution names tiers, got {show(densities)}"
+        return
+    expected = len(lora.tiers) if lora.tiers else 4
+    if len(densities) != expected:
+        whose = "tier of lora.tiers" if lora.tiers else f"type of lora.distribution={lora.distribution}"
+        yield f"{key} must have {expected} values, one for each {whose}, got {show(densities)}"
 
 
 def _scaffold(config: Config) -> Iterator[str]:
@@ -370,11 +460,8 @@ def _privacy(config: Config) -> Iterator[str]:
 
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]:
-    if evaluation.client_test == "own_split" and data.client_test_fraction == 0:
-        yield (
-            "data.client_test_fraction must be > 0 when evaluation.client_test is own_split, got "
-            f"{show(data.client_test_fraction)}"
-        )
+    if evaluation.client_test == "own_split":
+        yield from _own_examples(data, "when evaluation.client_test is own_split")
     answers = evaluation.answers
     if answers.metric == "off":
         because = "when evaluation.answers.metric is off"
@@ -391,6 +478,41 @@ def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterator[str]
         yield (
             f"evaluation.batch_tokens must be at least data.max_tokens={data.max_tokens}, got "
             f"{evaluation.batch_tokens}"
+        )
+
+
+def _own_examples(data: DataConfig, because: str) -> Iterator[str]:
+    """Clients must keep examples that they do not train on."""
+    rules = data.instruction
+    names_parts = rules.format in ("client_lines", "flexlora") or rules.part_field is not None
+    if data.client_test_fraction == 0 and not (names_parts and data.partition.name == "natural"):
+        yield f"data.client_test_fraction must be > 0 {because}, got {show(data.client_test_fraction)}"
+
+
+def _early_stopping(config: Config) -> Iterator[str]:
+    rule, strategy = config.early_stopping, config.strategy
+    if rule.metric == "off":
+        names = tuple(name for name in type(rule).model_fields if name != "metric")
+        yield from _unused("early_stopping", rule, names, "when early_stopping.metric is off")
+        return
+    if rule.metric.startswith("validation"):
+        yield from _own_examples(config.data, f"when early_stopping.metric is {rule.metric}")
+        if config.aggregation.privacy.clip_norm is not None:
+            yield (
+                "early_stopping.metric must be off or of the test set with aggregation.privacy.clip_norm set, since "
+                f"the privacy accountant does not count what validation tells about clients, got {show(rule.metric)}"
+            )
+    if rule.metric.endswith("rouge_l") and config.evaluation.answers.metric == "off":
+        yield f"evaluation.answers.metric must not be off when early_stopping.metric is {rule.metric}, got 'off'"
+    if rule.from_round >= config.run.rounds:
+        yield (
+            f"early_stopping.from_round must be below run.rounds={config.run.rounds}, got {rule.from_round}; set "
+            "early_stopping.metric=off to run all rounds"
+        )
+    if strategy.name == "slora" and rule.from_round < strategy.slora.rounds:
+        yield (
+            f"early_stopping.from_round must be at least strategy.slora.rounds={strategy.slora.rounds} with "
+            f"strategy.name=slora, whose first rounds train no adapter, got {rule.from_round}"
         )
 
 

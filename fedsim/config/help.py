@@ -10,10 +10,16 @@ fedsim: federated LoRA fine-tuning of language models, simulated on one node or 
 
 usage: python -m fedsim.main [CONFIG.yaml] [KEY=VALUE ...] [--dry-run] [--version] [--help]
        torchrun --nproc_per_node N -m fedsim.main [the same]
+       python -m fedsim.main [the same] --estimate [--probe] [--gpu NAME] [--processes N] [--json FILE]
 
   CONFIG.yaml  a file with some of the keys below; without one, the embedded quick start runs
   KEY=VALUE    sets a key; wins over the file. The value is YAML: 4, 1e-3, true, null, text, [a, b]
   --dry-run    print the resolved configuration and what it would cost, and stop
+  --estimate   print what the run would cost: memory, work, bytes, seconds; without weights, and stop
+  --probe      with --estimate: load the base and measure a few steps here; nothing is written to the run folder
+  --gpu        with --estimate: plan for this GPU by its data sheet, such as H100, A100-80 or RTX4090
+  --processes  with --estimate: plan for so many processes; else for those that are started
+  --json       with --estimate: write the figures to FILE as well
   --version    print the version, and stop
   -h, --help   print this text, and stop
 

@@ -22,11 +22,36 @@ from fedsim.config.schema import NAME_PATTERN, Config
 from fedsim.config.yaml_text import read_yaml, write_yaml
 from fedsim.errors import ConfigError
 
-SAFE_KEYS = ("run.rounds", "run.max_minutes", "run.output_dir", "tracking.*", "checkpoint.*", "comm.*")
+SAFE_KEYS = (
+    "run.rounds",
+    "run.max_minutes",
+    "run.output_dir",
+    "early_stopping.patience",
+    "tracking.*",
+    "checkpoint.*",
+    "comm.*",
+)
 """What a resumed run may change without changing what was computed so far."""
 
 LARGEST_FILE_BYTES = 1 << 18
 LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """What `--estimate` is to work out.
+
+    Attributes:
+        probe: measure a few steps here.
+        gpu: name of a GPU to plan for; None for what this machine has.
+        processes: to plan for; None for those that are started.
+        json_path: file for the figures; None for text alone.
+    """
+
+    probe: bool = False
+    gpu: str | None = None
+    processes: int | None = None
+    json_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -37,15 +62,19 @@ class CommandLine:
         config: resolved and checked.
         dry_run: say what would run, and stop.
         config_path: the YAML file, if one was given.
+        estimate: say what the run would cost, and stop; None to run.
     """
 
     config: Config
     dry_run: bool
     config_path: Path | None
+    estimate: EstimateOptions | None = None
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Reads `[config.yaml] [a.b=c ...] [--dry-run]` in any order; --help and --version print and exit with 0.
+    """Reads `[config.yaml] [a.b=c ...] [--dry-run] [--estimate ...]` in any order.
+
+    --help and --version print and exit with 0.
 
     Args:
         arguments: without the name of the program.
@@ -57,6 +86,10 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="version", version=f"fedsim {fedsim.__version__}")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--estimate", action="store_true")
+    for name in ("--gpu", "--processes", "--json"):
+        parser.add_argument(name)
+    parser.add_argument("--probe", action="store_true")
     parser.add_argument("rest", nargs="*")
     known, unknown = parser.parse_known_intermixed_args(list(arguments))
     if known.help:
@@ -66,7 +99,27 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     paths = [argument for argument in known.rest if not _is_override(argument)]
     overrides = [argument for argument in known.rest if _is_override(argument)]
     path = _only_path(paths)
-    return CommandLine(load_config(path, overrides), known.dry_run, path)
+    estimate = _estimate_options(known)
+    return CommandLine(load_config(path, overrides), known.dry_run, path, estimate)
+
+
+def _estimate_options(known: argparse.Namespace) -> EstimateOptions | None:
+    given = [f"--{name}" for name in ("probe", "gpu", "processes", "json") if getattr(known, name)]
+    if not known.estimate:
+        refuse(f"{option} must come with --estimate" for option in given)
+        return None
+    if known.dry_run:
+        raise ConfigError("--dry-run and --estimate must not be given together; --estimate checks as much")
+    if known.processes is not None and not re.fullmatch("[1-9][0-9]{0,5}", known.processes):
+        raise ConfigError(f"--processes must be a whole number from 1 on, got {show(known.processes)}")
+    if known.json is not None and not Path(known.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json must name a file in a folder that exists, got {show(known.json)}")
+    return EstimateOptions(
+        known.probe,
+        known.gpu,
+        None if known.processes is None else int(known.processes),
+        None if known.json is None else Path(known.json),
+    )
 
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -153,7 +206,7 @@ def _not_an_option(argument: str) -> str:
     key = argument.lstrip("-")
     if "=" in key and "." in key.partition("=")[0]:
         return f"unknown option {show(argument)}; a key is set without dashes: {show(key)}"
-    return f"unknown option {show(argument)}; options are --help, --version and --dry-run"
+    return f"unknown option {show(argument)}; options are --help, --version, --dry-run and --estimate"
 
 
 def _is_override(argument: str) -> bool:

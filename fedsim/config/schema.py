@@ -385,10 +385,11 @@ class LoraConfig(Node):
 class CohortConfig(Node):
     """Which clients take part in a round. Set one of size, fraction and client_ids."""
 
-    sampling: Literal["fixed", "poisson"] = key(
+    sampling: Literal["fixed", "poisson", "flexlora"] = key(
         "fixed",
         "fixed: exactly so many clients, without replacement; poisson: each client by itself with probability size / "
-        "num_clients, as differential privacy needs it; a round may then be empty",
+        "num_clients, as differential privacy needs it; a round may then be empty; flexlora: as fixed, but the very "
+        "clients that the code of arXiv 2402.11505 draws (its seed is run.seed=42)",
     )
     size: int | None = key(
         8,
@@ -411,6 +412,80 @@ class CohortConfig(Node):
             return node
         others_are_set = any(node.get(other) is not None for other in ("fraction", "client_ids"))
         return {**node, "size": None} if others_are_set else node
+
+
+class OutageConfig(Node):
+    """Clients that cannot be drawn in some rounds."""
+
+    from_round: int = key(..., "first round of the outage, counted from 0", "rounds", ge=0)
+    until_round: int = key(..., "first round in which the clients are back", "rounds", gt=0)
+    client_ids: tuple[Annotated[int, Field(ge=0)], ...] = key((), "who; empty: a share of all clients")
+    share: float = key(
+        1.0, "share of all clients, drawn with run.seed and rounded down", "fraction", gt=0, le=1
+    )
+
+
+class DeviceConfig(Node):
+    """The hardware and the link of a client, as simulated."""
+
+    tokens_per_s: float = key(..., "tokens of local training in a second", "tokens/s", gt=0)
+    uplink_mbps: float = key(..., "from the client to the server", "Mbit/s", gt=0)
+    downlink_mbps: float = key(..., "from the server to the client", "Mbit/s", gt=0)
+
+
+class SlownessConfig(Node):
+    """A random factor on the simulated time of local training."""
+
+    name: Literal["none", "lognormal", "pareto", "uniform"] = key(
+        "none",
+        "lognormal: exp(spread z); pareto: at least 1, with tail index spread; uniform: in [1, 1 + spread)",
+    )
+    spread: float = key(1.0, "see name", gt=0, le=1000)
+    each_round: bool = key(True, "drawn anew in each round; false: once for each client")
+
+
+class CorruptionConfig(Node):
+    """Updates that arrive broken, to see what the server does with them."""
+
+    probability: float = key(0.0, "of an update", "probability", ge=0, le=1)
+    kind: Literal["nan", "inf", "scaled"] = key(
+        "nan", "nan, inf: a value of each factor becomes that; scaled: the update is multiplied by scale"
+    )
+    scale: float = key(100.0, "kind=scaled: factor on the update")
+
+
+class ClientsConfig(Node):
+    """How reliable clients are, and how fast; a simulated clock runs where devices are given."""
+
+    availability: float = key(
+        1.0, "probability with which a client can be drawn in a round", "probability", gt=0, le=1
+    )
+    outages: tuple[OutageConfig, ...] = key(
+        (),
+        "clients that cannot be drawn in some rounds, such as [{from_round: 3, until_round: 5, share: 0.5}]",
+    )
+    dropout: float = key(
+        0.0, "probability with which a drawn client never reports back", "probability", ge=0, lt=1
+    )
+    over_selection: float = key(
+        1.0,
+        "clients drawn for each one wanted, rounded up; the server goes on with the first that report",
+        ge=1,
+        le=100,
+    )
+    deadline_s: float | None = key(
+        None,
+        "simulated seconds after which the server no longer waits for a client; null: it waits for all",
+        "seconds",
+        gt=0,
+    )
+    devices: tuple[DeviceConfig, ...] = key(
+        (),
+        "one for all clients, or one for each resource tier in their order, such as [{tokens_per_s: 500, "
+        "uplink_mbps: 10, downlink_mbps: 50}]; empty: no clock",
+    )
+    slowness: SlownessConfig = Field(default_factory=SlownessConfig)
+    corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
 
 
 class OptimizerConfig(Node):
@@ -460,6 +535,13 @@ class PackConfig(Node):
     )
 
 
+class LrPhaseConfig(Node):
+    """The learning rate from a round on."""
+
+    from_round: int = key(..., "first round of the phase, counted from 0", "rounds", ge=0)
+    lr_scale: float = key(..., "factor on training.optimizer.lr, not on the factor of an earlier phase", gt=0)
+
+
 class TrainingConfig(Node):
     """Local training of a client. Set local_epochs or local_steps."""
 
@@ -483,6 +565,16 @@ class TrainingConfig(Node):
         "fail",
         "a client whose loss or adapter is not finite ends the run, or is left out of the round and counted",
     )
+    max_update_norm: float | None = key(
+        None,
+        "largest norm of a client's update, over all its factors together; null: any that is finite",
+        gt=0,
+    )
+    on_large_update: Literal["fail", "drop", "clip"] = key(
+        "fail",
+        "an update above max_update_norm ends the run, is left out of the round, or is scaled down to it; counted and "
+        "logged",
+    )
     max_grad_norm: float | None = key(
         1.0, "clip each client's gradient to this norm; null: do not clip", gt=0
     )
@@ -490,6 +582,11 @@ class TrainingConfig(Node):
         0.0,
         "FedProx (arXiv 1812.06127): adds mu/2 times the squared distance from the received factors",
         ge=0,
+    )
+    round_schedule: tuple[LrPhaseConfig, ...] = key(
+        (),
+        "learning rates of clients that change with the round, such as [{from_round: 15, lr_scale: 0.5}], which is "
+        "what the code of arXiv 2402.11505 does; before the first phase, and when empty, the factor is 1",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -564,7 +661,16 @@ class SloraConfig(Node):
         gt=0,
         le=1,
     )
-    then: Literal["fedavg", "flexlora"] = key("fedavg", "strategy of the rounds after them")
+    tier_densities: tuple[Annotated[float, Field(gt=0, le=1)], ...] = key(
+        (),
+        "instead of density: the share for clients of each tier, in the order of lora.tiers, or of types 1 to 4 with "
+        "lora.distribution (code of arXiv 2402.11505: [0.0012, 0.0246, 0.0822, 0.1222]); the weights of a smaller "
+        "share are among those of every larger one; empty: density for all",
+        "fraction",
+    )
+    then: Literal["fedavg", "flexlora", "hetlora", "hetlora_naive"] = key(
+        "fedavg", "strategy of the rounds after them; strategy.hetlora holds for hetlora here too"
+    )
 
 
 class StrategyConfig(Node):
@@ -666,6 +772,32 @@ class EvaluationConfig(Node):
     answers: AnswersConfig = Field(default_factory=AnswersConfig)
 
 
+class EarlyStoppingConfig(Node):
+    """Whether to stop before the last round, and which state to export."""
+
+    metric: Literal["off", "test_loss", "validation_loss", "test_rouge_l", "validation_rouge_l"] = key(
+        "off",
+        "what must go on improving, in rounds that are evaluated; test: the global model after the round, on the "
+        "global test set; validation: the global model before the round, on what its clients keep for their own "
+        "evaluation, weighted by their training examples (code of arXiv 2402.11505); rouge_l: as in evaluation.answers",
+    )
+    patience: int = key(
+        3,
+        "evaluations in a row without improvement that are put up with; one more stops the run (arXiv 2402.11505: 3, "
+        "so it stops at the fourth)",
+        "evaluations",
+        ge=0,
+    )
+    min_delta: float = key(0.0, "an improvement must be larger than this", ge=0)
+    from_round: int = key(
+        0, "evaluations in rounds before this one, counted from 0, do not count", "rounds", ge=0
+    )
+    export: Literal["best", "last"] = key(
+        "best",
+        "the state that becomes adapter/: that of the best evaluation, whose checkpoint is kept, or the last one",
+    )
+
+
 class CommConfig(Node):
     """How processes talk to each other."""
 
@@ -691,7 +823,12 @@ class CheckpointConfig(Node):
     every_rounds: int = key(
         1, "write a checkpoint after every so many rounds, and after the last", "rounds", gt=0
     )
-    keep_last: int = key(2, "how many of the newest checkpoints to keep", "checkpoints", gt=0)
+    keep_last: int = key(
+        2,
+        "how many of the newest checkpoints to keep, besides the best with early_stopping",
+        "checkpoints",
+        gt=0,
+    )
 
 
 class WandbConfig(Node):
@@ -727,10 +864,12 @@ class Config(Node):
     model: ModelConfig = Field(default_factory=ModelConfig)
     lora: LoraConfig = Field(default_factory=LoraConfig)
     cohort: CohortConfig = Field(default_factory=CohortConfig)
+    clients: ClientsConfig = Field(default_factory=ClientsConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
     comm: CommConfig = Field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)

@@ -56,6 +56,16 @@ class Answers:
         """The acceptable answers of one example, whole, as texts; the first is the one to learn."""
         return tuple(self._references[index].as_py())
 
+    def num_without_rouge_tokens(self) -> int:
+        """Examples none of whose references has a letter a to z or a digit: Rouge-L is 0 whatever the answer."""
+        import pyarrow.compute as pc
+
+        references = self._references.combine_chunks()
+        has_token = pc.match_substring_regex(pc.utf8_lower(pc.list_flatten(references)), "[a-z0-9]")
+        owners = pc.list_parent_indices(references).to_numpy()
+        with_token = np.unique(owners[has_token.to_numpy(zero_copy_only=False)])
+        return len(references) - with_token.size
+
     def task(self, index: int) -> str | None:
         """The task of one example."""
         return None if self.tasks is None else self.task_names[self.tasks[index]]

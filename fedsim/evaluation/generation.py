@@ -61,6 +61,20 @@ def questions_of(store: TokenStore, examples: Ints) -> Questions:
     )
 
 
+def check_room(longest_prompt: int, max_new_tokens: int, max_positions: int | None) -> None:
+    """Check that a model has the positions for the longest prompt and its answer.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    needed = longest_prompt + max_new_tokens
+    if max_positions is not None and needed > max_positions:
+        raise ConfigError(
+            f"evaluation.answers.max_new_tokens and the longest prompt ({longest_prompt} tokens) must be at most "
+            f"{max_positions} together, the positions of the model, got {needed}; lower it or data.max_tokens"
+        )
+
+
 class AnswerTest(Protocol):
     """Measures adapters on texts of the model, batch by batch.
 
@@ -104,13 +118,7 @@ class GeneratedAnswers:
         max_positions: int | None,
     ) -> None:
         lengths = np.array([len(prompt) for prompt in questions.prompts], dtype=np.int64)
-        needed = int(lengths.max(initial=0)) + max_new_tokens
-        if max_positions is not None and needed > max_positions:
-            raise ConfigError(
-                f"evaluation.answers.max_new_tokens and the longest prompt ({needed - max_new_tokens} tokens) must be "
-                f"at most {max_positions} together, the positions of the model, got {needed}; lower it or "
-                "data.max_tokens"
-            )
+        check_room(int(lengths.max(initial=0)), max_new_tokens, max_positions)
         self._generator = generator
         self._tokenizer = tokenizer
         self._questions = questions

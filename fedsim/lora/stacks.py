@@ -115,8 +115,9 @@ class WeightedSum:
 
     def size(self) -> float:
         """At least the `stack_size` of the stack, and of its order."""
+        norm = torch.linalg.vector_norm
         return sum(
-            abs(weight * factors.scaling) * float(factors.A.norm()) * float(factors.B.norm())
+            abs(weight * factors.scaling) * float(norm(factors.A)) * float(norm(factors.B))
             for factors, weight in zip(self.cohort, self.weights, strict=True)
         )
 
@@ -161,12 +162,15 @@ def _stack(cohort: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Ten
     # columns of the up stack lie together in memory, as LAPACK wants them
     ups = cohort[0].B.new_empty(total_rank, out_features, dtype=torch.float64)
     downs = cohort[0].A.new_empty(total_rank, in_features, dtype=torch.float64)
-    begin = 0
-    for factors, weight in zip(cohort, weights, strict=True):
-        end = begin + factors.rank
-        ups[begin:end].copy_(factors.B.mT).mul_(weight * factors.scaling)
-        downs[begin:end].copy_(factors.A)
-        begin = end
+    torch.cat([factors.B.mT for factors in cohort], out=ups)
+    torch.cat([factors.A for factors in cohort], out=downs)
+    # in one go: with many clients of small ranks a call for each costs more than its arithmetic
+    scales = [
+        weight * factors.scaling
+        for factors, weight in zip(cohort, weights, strict=True)
+        for _ in range(factors.rank)
+    ]
+    ups.mul_(torch.tensor(scales, dtype=ups.dtype, device=ups.device).unsqueeze(1))
     return ups.mT, downs
 
 

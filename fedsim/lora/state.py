@@ -9,6 +9,21 @@ from fedsim.lora.factors import AdapterState
 
 
 @dataclass(frozen=True, slots=True)
+class BestSoFar:
+    """What early stopping knows of the states so far.
+
+    Attributes:
+        score: the best one, finite.
+        rounds: rounds that the state with this score had completed.
+        waited: evaluations in a row since then that were no better.
+    """
+
+    score: float
+    rounds: int
+    waited: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """The server between two rounds. A checkpoint is this, the clients' own state, and the configuration.
 
@@ -20,6 +35,8 @@ class ServerState:
             base that is as it was loaded.
         client_versions: client -> round in which the newest version of its own state was written. The tensors lie on
             disk; see `fedsim.server.client_store`.
+        best: the best state so far, this one included; None without early stopping, or before an evaluation.
+        simulated_s: simulated seconds of all rounds so far; 0 without a simulated clock.
     """
 
     round_index: int
@@ -27,6 +44,8 @@ class ServerState:
     strategy_state: Mapping[str, AdapterState] = field(default_factory=dict)
     base_update: AdapterState | None = None
     client_versions: Mapping[int, int] = field(default_factory=dict)
+    best: BestSoFar | None = None
+    simulated_s: float = 0.0
 
     def adapters(self) -> dict[str, AdapterState]:
         """All adapters of the state by a name of their own: "adapter", "base_update", "strategy/...."."""
@@ -48,6 +67,8 @@ class ServerState:
             entries,
             adapters.get("base_update"),
             self.client_versions,
+            self.best,
+            self.simulated_s,
         )
 
     def to(self, device: torch.device | str) -> "ServerState":

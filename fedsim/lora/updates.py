@@ -33,6 +33,7 @@ class ClientReport:
         pack_padding: padded rows in attention per token of its pack, minus 1.
         test_loss_before: test loss of the adapter it received, in nats per label token; None if not measured.
         test_loss_after: test loss of the adapter it returns; None if not measured.
+        simulated_s: from the server's first byte to its own last one, on the simulated clock; None without one.
     """
 
     client_id: int
@@ -55,6 +56,7 @@ class ClientReport:
     pack_padding: float = 0.0
     test_loss_before: float | None = None
     test_loss_after: float | None = None
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

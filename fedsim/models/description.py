@@ -53,22 +53,32 @@ def describe_base(
         ConfigError: a target cannot be adapted, or `max_tokens` is too large for the model.
     """
     name = config.name_or_path
-    if name == EMBEDDED:
-        model_config = embedded_base_config()
-    else:
-        patterns = CONFIG_FILES + (CODE_FILES if config.trust_remote_code else ())
-        folder = locate("model.name_or_path", name, config.revision, patterns)
-        model_config = read_model_config(folder, name, config.trust_remote_code)
-    model = empty_model(model_config, name, config.trust_remote_code)
+    model = build_empty_base(config)
     description = BaseDescription(
         name=name,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         targets=find_targets(model, target_modules),
         vocab_size=model.get_input_embeddings().num_embeddings,
-        max_positions=max_positions_of(model_config),
+        max_positions=max_positions_of(model.config),
     )
     if tokenizer is not None:
         check_tokenizer_fits(tokenizer, description.vocab_size, config.tokenizer or name, name)
     if max_tokens is not None:
         check_sequence_length(description.max_positions, max_tokens, name)
     return description
+
+
+def build_empty_base(config: ModelConfig) -> Any:
+    """The base model on the meta device: all modules and shapes, no memory.
+
+    Raises:
+        ModelError: the model cannot be found or is no causal language model.
+    """
+    name = config.name_or_path
+    if name == EMBEDDED:
+        model_config = embedded_base_config()
+    else:
+        patterns = CONFIG_FILES + (CODE_FILES if config.trust_remote_code else ())
+        folder = locate("model.name_or_path", name, config.revision, patterns)
+        model_config = read_model_config(folder, name, config.trust_remote_code)
+    return empty_model(model_config, name, config.trust_remote_code)

@@ -1,6 +1,7 @@
 """The command line of the report. Exit codes as in fedsim/main.py: 0, or 2 with one line on stderr."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # drawing takes a second to import, which --help need not wait for
         from fedsim.report.build import make_report, write_report
 
-        report = make_report(options.runs, options.clients)
+        report = make_report(options.runs, options.clients, options.target_loss, options.modules)
         page = write_report(report, options.out)
     except FedsimError as error:
         sys.stderr.write(f"fedsim: {type(error).__name__}: {' '.join(str(error).split())}\n")
@@ -54,6 +55,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="ID,ID,...",
         help="clients whose test loss is drawn by round (default: the three that were tested most often)",
     )
+    parser.add_argument(
+        "--target-loss",
+        type=_loss,
+        metavar="LOSS",
+        help="test loss for the table of rounds to a target, in nats per label token (arXiv 2402.11505: 2; default: "
+        "the loss at 75%% of the way of the arm that improved least)",
+    )
+    parser.add_argument(
+        "--modules",
+        type=_names,
+        default=(),
+        metavar="NAME,NAME,...",
+        help="modules whose singular values are drawn one by one, by dotted names or the ends of them (default: "
+        "k_proj, or the first that is adapted); of many blocks the first, the middle and the last",
+    )
     return parser.parse_args(arguments)
 
 
@@ -62,6 +78,23 @@ def _client_ids(text: str) -> list[int]:
     if not all(part.isdecimal() and part.isascii() for part in parts):
         raise argparse.ArgumentTypeError(f"must be client ids such as 0,3,7, got {text!r}")
     return sorted({int(part) for part in parts})
+
+
+def _loss(text: str) -> float:
+    try:
+        loss = float(text)
+    except ValueError:
+        loss = math.nan
+    if not 0 <= loss < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
+    return loss
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names such as k_proj,layers.0.fc1, got {text!r}")
+    return names
 
 
 if __name__ == "__main__":

@@ -6,7 +6,17 @@ from pathlib import Path
 
 from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.errors import RunFolderError
-from fedsim.report import figures_clients, figures_partition, figures_rounds
+from fedsim.report import (
+    figures_answers,
+    figures_clients,
+    figures_partition,
+    figures_rounds,
+    figures_spectra,
+    tables_answers,
+    tables_flexlora,
+    tables_tiers,
+)
+from fedsim.report.arms import rows_of
 from fedsim.report.folders import RunRecord, find_runs, read_run
 from fedsim.report.groups import Group, group_runs
 from fedsim.report.page import GENERATOR, html_page, markdown_page
@@ -35,12 +45,20 @@ class Report:
     pictures: tuple[Picture, ...]
 
 
-def make_report(paths: Sequence[Path], client_ids: Sequence[int] | None = None) -> Report:
+def make_report(
+    paths: Sequence[Path],
+    client_ids: Sequence[int] | None = None,
+    target_loss: float | None = None,
+    modules: Sequence[str] = (),
+) -> Report:
     """Read runs and draw everything that they tell.
 
     Args:
         paths: run folders, or folders of run folders.
         client_ids: whose test loss to draw; None for a choice of our own.
+        target_loss: for the table of rounds to a target loss; None for one that follows from the runs.
+        modules: names, or ends of dotted names, of the modules whose singular values to draw one by one; empty for a
+            choice of our own.
 
     Raises:
         RunFolderError: no run with a round, or a damaged file.
@@ -57,7 +75,9 @@ def make_report(paths: Sequence[Path], client_ids: Sequence[int] | None = None) 
     with house_style():
         for made, why_not in (
             (figures_rounds.global_loss(groups), "global test loss: no round was evaluated"),
+            (figures_rounds.train_loss(groups), ""),
             (figures_rounds.final_loss(groups), ""),
+            (figures_answers.answers(groups), ""),
             (figures_partition.partitions(groups), "partition: there is no partition.json"),
             (
                 figures_partition.dirichlet_scatter(groups),
@@ -69,14 +89,27 @@ def make_report(paths: Sequence[Path], client_ids: Sequence[int] | None = None) 
             (figures_rounds.class_loss_at_end(groups), ""),
             (figures_rounds.communication(groups), "communication: no test loss, or nothing was sent"),
             (figures_rounds.time_breakdown(groups), "time by phase: no round recorded it"),
-            (figures_rounds.energy(groups), ""),
+            (figures_spectra.rank_collapse(groups), ""),
+            (figures_spectra.energy_kept(groups), ""),
             (figures_clients.spectra(groups), ""),
+            (figures_spectra.spectra_by_module(groups, modules), _no_modules(modules)),
         ):
             pictures += made
             if not made and why_not:
                 missing.append(f"Not shown: {why_not}.")
     pictures = _numbered(pictures)
-    tables = (results(groups), parameters(groups), runs_table(groups))
+    columns, rows = rows_of(groups)
+    tables = (
+        results(groups),
+        *tables_flexlora.methods(columns, rows),
+        *tables_flexlora.gains_by_category(rows),
+        *tables_answers.answers(groups),
+        *tables_flexlora.rounds_to_target(rows, target_loss),
+        *tables_tiers.tiers(groups),
+        *figures_spectra.truncation(groups, modules),
+        parameters(groups),
+        runs_table(groups),
+    )
     return Report(tuple(groups), (*_run_notes(records, groups), *missing), tables, tuple(pictures))
 
 
@@ -141,6 +174,10 @@ def _check_out(out: Path) -> None:
 def _no_curves(client_ids: Sequence[int] | None) -> str:
     whom = "no client" if client_ids is None else f"none of clients {', '.join(map(str, client_ids))}"
     return f"client curves: {whom} was tested after local training"
+
+
+def _no_modules(modules: Sequence[str]) -> str:
+    return f"singular values of {', '.join(modules)}: no run recorded such a module" if modules else ""
 
 
 def _run_notes(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[str]:

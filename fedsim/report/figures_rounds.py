@@ -58,6 +58,16 @@ def global_loss(groups: Sequence[Group]) -> list[Picture]:
     )
 
 
+def train_loss(groups: Sequence[Group]) -> list[Picture]:
+    """Training loss by round, beside the test loss (arXiv 2402.11505, figure 6)."""
+    caption = (
+        "Training loss of the round's clients: mean over a client's steps, then over the clients, each round's own "
+        f"cohort. {OVER_SEEDS}"
+    )
+    unit = "training loss (nats per label token)"
+    return _lines(groups, "train/loss", "train_loss", "Training loss by round", unit, caption)
+
+
 def fairness(groups: Sequence[Group]) -> list[Picture]:
     """Variance of client test losses by round."""
     caption = (
@@ -74,29 +84,6 @@ def fairness(groups: Sequence[Group]) -> list[Picture]:
     )
 
 
-def energy(groups: Sequence[Group]) -> list[Picture]:
-    """Energy of the average update beyond the smallest client rank by round, where a strategy records it."""
-    caption = (
-        "Share of the squared singular values of the average update that the smallest LoRA rank cannot hold; where it "
-        f"falls towards 0 the ranks collapse. {OVER_SEEDS}"
-    )
-    return _lines(
-        groups,
-        "spectrum/energy_beyond_smallest_rank",
-        "energy_beyond_smallest_rank",
-        "Energy beyond the smallest rank by round",
-        "share of energy beyond the smallest rank",
-        caption,
-    ) + _lines(
-        groups,
-        "spectrum/effective_rank",
-        "effective_rank",
-        "Effective rank of the average update by round",
-        "effective rank (mean over modules)",
-        f"Effective rank of the average update as the strategy records it. {OVER_SEEDS}",
-    )
-
-
 def _lines(
     groups: Sequence[Group],
     key: str,
@@ -106,8 +93,15 @@ def _lines(
     caption: str,
     initial_key: str | None = None,
 ) -> list[Picture]:
-    """A line per group that has the metric; more than `MOST_LINES` go to further figures with the same scale."""
+    """A line per group that has the metric."""
     found = [(group.label, series) for group in groups if (series := group.series(key, initial_key))]
+    return line_pictures(found, name, heading, unit, caption)
+
+
+def line_pictures(
+    found: Sequence[tuple[str, Series]], name: str, heading: str, unit: str, caption: str
+) -> list[Picture]:
+    """A line for each label by round; more than `MOST_LINES` go to further figures with the same scale."""
     every = [series.low for _, series in found] + [series.high for _, series in found]
     pictures = []
     for number, part in enumerate(chunks(found, MOST_LINES), start=1):

@@ -17,6 +17,9 @@ from fedsim.config.yaml_text import read_yaml
 from fedsim.errors import ConfigError, RunFolderError
 
 ROUND = "round_index"
+ENERGY = "/energy"
+"""What follows a module's name in `spectra.jsonl` where its squared norm stands."""
+
 DEEPEST = 4
 """Levels of folders below a given one in which runs are looked for."""
 
@@ -25,7 +28,10 @@ CLIENT_COLUMNS = (
     "client_id",
     "num_examples",
     "lora_rank",
+    "steps",
     "trained_parameters",
+    "uplink_bytes",
+    "seconds",
     "test_loss_before",
     "test_loss_after",
 )
@@ -44,9 +50,13 @@ class RunRecord:
         info: `run.json` without the configuration.
         metrics: one record per round, oldest first; what was not finite is None.
         spectra: round -> module -> singular values, largest first.
+        energies: round -> module -> squared norm of the average update, what was cut off included; a module is missing
+            where the run did not record it.
         partition: `partition.json`; empty if there is none.
         clients: column -> values, a row per client and round; a loss that was not measured is NaN. Empty
             columns if there is no file.
+        tiers: of `tiers.json`, name, number of clients and LoRA ranks of each; empty if there is no file.
+        tier_of: tier of each client, by client_id; empty if there is no file.
         warnings: what was odd about the files.
     """
 
@@ -57,8 +67,11 @@ class RunRecord:
     info: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     spectra: Mapping[int, Mapping[str, Sequence[float]]]
+    energies: Mapping[int, Mapping[str, float]]
     partition: Mapping[str, Any]
     clients: Mapping[str, NDArray[Any]]
+    tiers: Sequence[Mapping[str, Any]]
+    tier_of: NDArray[np.int64]
     warnings: tuple[str, ...]
 
     @property
@@ -87,6 +100,15 @@ class RunRecord:
             if key in record:
                 return _number(record[key])
         return None
+
+    def at_end(self, key: str) -> float | None:
+        """The same of the state that the run exported: with early stopping that may be an earlier round's."""
+        stopping = self.info.get("early_stopping")
+        rounds = stopping.get("exported_after_rounds") if isinstance(stopping, dict) else None
+        if not isinstance(rounds, int):
+            return self.last(key)
+        found = [record[key] for record in self.metrics if record[ROUND] == rounds - 1 and key in record]
+        return _number(found[0]) if found else None
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -123,10 +145,8 @@ def read_run(path: Path) -> RunRecord:
     info = _read_json(path / "run.json", required=True)
     warnings: list[str] = []
     metrics = _read_rounds(path / "metrics.jsonl", warnings)
-    spectra = {
-        record[ROUND]: {name: values for name, values in record.items() if isinstance(values, list)}
-        for record in _read_rounds(path / "spectra.jsonl", warnings)
-    }
+    spectra, energies = _read_spectra(path / "spectra.jsonl", warnings)
+    tiers, tier_of = _read_tiers(path / "tiers.json")
     return RunRecord(
         path=path,
         status=str(info.get("status", "running")),
@@ -135,8 +155,11 @@ def read_run(path: Path) -> RunRecord:
         info={name: value for name, value in info.items() if name != "config"},
         metrics=metrics,
         spectra=spectra,
+        energies=energies,
         partition=_read_partition(path / "partition.json"),
         clients=_read_clients(path / "clients.parquet"),
+        tiers=tiers,
+        tier_of=tier_of,
         warnings=tuple(warnings),
     )
 
@@ -227,6 +250,40 @@ def _record(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get(ROUND), int) else None
 
 
+def _read_spectra(
+    path: Path, warnings: list[str]
+) -> tuple[dict[int, dict[str, list[float]]], dict[int, dict[str, float]]]:
+    """Singular values and squared norms, by round and module."""
+    spectra: dict[int, dict[str, list[float]]] = {}
+    energies: dict[int, dict[str, float]] = {}
+    for record in _read_rounds(path, warnings):
+        lists = {name: values for name, values in record.items() if isinstance(values, list) and values}
+        at = record[ROUND]
+        spectra[at] = {name: values for name, values in lists.items() if not name.endswith(ENERGY)}
+        energies[at] = {
+            name.removesuffix(ENERGY): float(values[0])
+            for name, values in lists.items()
+            if name.endswith(ENERGY)
+        }
+    return spectra, energies
+
+
+def _read_tiers(path: Path) -> tuple[list[dict[str, Any]], NDArray[np.int64]]:
+    content = _read_json(path, required=False)
+    rule = "resource tiers, and the tier of each client"
+    try:
+        tiers = [dict(tier) for tier in content.get("tiers", [])]
+        tier_of = np.asarray(content.get("tier_of", []), dtype=np.int64)
+        tiers = [
+            {**tier, "name": str(tier["name"]), "lora_ranks": dict(tier["lora_ranks"])} for tier in tiers
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, rule, error) from error
+    if tier_of.size and not (tier_of.ndim == 1 and tier_of.min() >= 0 and tier_of.max() < len(tiers)):
+        raise _damaged(path, rule, f"a client of a tier that is none of the {len(tiers)}")
+    return tiers, tier_of
+
+
 def _read_partition(path: Path) -> dict[str, Any]:
     """The file, with its lists by client as arrays; `listed_clients` holds the ids of the clients in them."""
     partition = _read_json(path, required=False)
@@ -280,4 +337,4 @@ def _read_clients(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _type_of(column: str) -> type:
-    return np.float64 if column.startswith("test_loss") else np.int64
+    return np.float64 if column.startswith("test_loss") or column == "seconds" else np.int64

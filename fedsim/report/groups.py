@@ -21,6 +21,19 @@ ALWAYS_SHOWN = 3
 LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
+DISTRIBUTION = "lora.distribution"
+DISTRIBUTIONS = (
+    "homogeneous",
+    "uniform",
+    "heavy_tail_light",
+    "heavy_tail_light_readme",
+    "normal",
+    "normal_code",
+    "heavy_tail_strong",
+    "heavy_tail_strong_readme",
+    "by_size",
+)
+"""Resource distributions in the order of arXiv 2402.11505, table 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +89,30 @@ class Group:
             key: of the metric; its value after round_index r stands at r + 1 rounds completed.
             initial_key: of the value before training, which the first record holds; it stands at 0.
         """
-        by_round: dict[int, list[float]] = {}
-        for run in self.runs:
+
+        def by_rounds_completed(run: RunRecord) -> dict[int, float]:
             found = {index + 1: value for index, value in run.values(key).items()}
             before = run.values(initial_key) if initial_key else {}
-            if found and 0 in before:
-                found[0] = before[0]
-            for index, value in found.items():
+            return {0: before[0], **found} if found and 0 in before else found
+
+        return self.series_of(by_rounds_completed)
+
+    def series_of(self, values: Callable[[RunRecord], Mapping[int, float]]) -> Series | None:
+        """What `values` gives for each run, rounds completed -> value; None where no run has any."""
+        by_round: dict[int, list[float]] = {}
+        for run in self.runs:
+            for index, value in values(run).items():
                 by_round.setdefault(index, []).append(value)
         if not by_round:
             return None
         rounds = sorted(by_round)
-        values = [by_round[index] for index in rounds]
+        found = [by_round[index] for index in rounds]
         return Series(
             x=np.array(rounds, dtype=np.float64),
-            mean=np.array([np.mean(at) for at in values]),
-            low=np.array([min(at) for at in values]),
-            high=np.array([max(at) for at in values]),
-            count=np.array([len(at) for at in values]),
+            mean=np.array([np.mean(at) for at in found]),
+            low=np.array([min(at) for at in found]),
+            high=np.array([max(at) for at in found]),
+            count=np.array([len(at) for at in found]),
         )
 
     def spread(self, figure: Callable[[RunRecord], float | None]) -> Spread | None:
@@ -123,7 +142,7 @@ def group_runs(records: Sequence[RunRecord]) -> list[Group]:
         if record.metrics:
             by_config.setdefault(_identity(record.config), []).append(record)
     members = list(by_config.values())
-    configs = [_compared(runs[0].config) for runs in members]
+    configs = [compared(runs[0].config) for runs in members]
     keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
     labels = _labels(configs, keys, members)
     groups = []
@@ -147,7 +166,8 @@ def seed_of(run: RunRecord) -> str:
     return f"(seed\u00a0{run.seed})"
 
 
-def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+def compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration that make it another one."""
     return {key: value for key, value in config.items() if not _is_ignored(key)}
 
 
@@ -156,7 +176,7 @@ def _is_ignored(key: str) -> bool:
 
 
 def _identity(config: Mapping[str, Any]) -> str:
-    return json.dumps(_compared(config), sort_keys=True, default=str)
+    return json.dumps(compared(config), sort_keys=True, default=str)
 
 
 def _keys_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -169,7 +189,10 @@ def _key_text(value: Any) -> str:
 
 
 def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int, float, str]]:
-    """Numbers by size, before texts; null first, an IID partition last: it is the limit of large alphas."""
+    """Numbers by size, before texts; null first, an IID partition last: it is the limit of large alphas.
+
+    Resource distributions have the order of the paper's table.
+    """
     order = []
     for key in keys:
         value = config.get(key)
@@ -177,11 +200,20 @@ def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int,
             order.append((3, 0.0, ""))
         elif value is None:
             order.append((0, 0.0, ""))
+        elif key == DISTRIBUTION and value in DISTRIBUTIONS:
+            order.append((1, float(DISTRIBUTIONS.index(value)), ""))
         elif isinstance(value, int | float):
             order.append((1, float(value), ""))
         else:
             order.append((2, 0.0, str(value)))
     return order
+
+
+def labels_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each configuration the keys in which they differ, with its values."""
+    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
+    names = _short_names(keys)
+    return [_label(config, keys, names) for config in configs]
 
 
 def _labels(

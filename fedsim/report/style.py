@@ -211,6 +211,14 @@ def legend_below(figure: Figure, axes: Axes, *, width: int = 100) -> None:
     figure_legend(figure, handles, labels, width=width)
 
 
+def legend_of_all(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend for all panels; what several have stands in it once."""
+    handles: dict[str, Artist] = {}
+    for one in axes:
+        handles |= {label: handle for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure_legend(figure, list(handles.values()), list(handles))
+
+
 def figure_legend(
     figure: Figure, handles: Sequence[Artist], labels: Sequence[str], *, width: int = 100, **more: Any
 ) -> None:

@@ -44,7 +44,7 @@ def results(groups: Sequence[Group]) -> Table:
                 _text(best, _loss) + _best_round(group),
                 _text(group.spread(lambda run: run.last("test/perplexity")), _perplexity),
                 _text(group.spread(lambda run: run.last("fairness/test_loss_variance")), _small),
-                _text(group.spread(_all_bytes), _bytes),
+                _text(group.spread(_all_bytes), amount_of_bytes),
                 _text(group.spread(lambda run: mean_of(run, "time/round_s")), _seconds),
             )
         )
@@ -212,7 +212,8 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-def _bytes(value: float) -> str:
+def amount_of_bytes(value: float) -> str:
+    """Three digits and a binary unit."""
     for name, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if value >= size:
             return f"{value / size:.3g} {name}"

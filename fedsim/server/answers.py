@@ -9,8 +9,8 @@ from fedsim.evaluation.generation import AnswerTest
 from fedsim.evaluation.rouge import answer_metrics, group_means, merge_scores
 from fedsim.lora.factors import AdapterState
 
-MOST_CATEGORIES = 200
-"""More categories than this are not reported one by one."""
+MOST_NAMES = 200
+"""More tasks, or more categories, than this are not reported one by one."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class AnswerEvaluation:
 
     Attributes:
         test: of the global test set, or a sample of it.
-        tasks: of each of its examples.
+        tasks: of each of its examples; empty texts where the corpus has none.
         categories: of each of its examples; empty where the corpus has none.
         suffix: of the figures' names; empty for generated answers.
     """
@@ -30,7 +30,7 @@ class AnswerEvaluation:
     suffix: str
 
     def measure(self, group: Group, adapter: AdapterState, what: str) -> dict[str, float]:
-        """Figures of a round: see `answer_metrics`, and Rouge-L by category. Equal for any number of processes.
+        """Figures of a round: see `answer_metrics`, and Rouge-L by task and category; the same on every rank.
 
         Raises:
             PeerError: some process could not measure its share.
@@ -42,9 +42,10 @@ class AnswerEvaluation:
         everywhere = group.gather_objects(measured)
         scores = merge_scores({index: part for share in everywhere for index, part in share.items()})
         figures = answer_metrics(scores, [self.tasks[i] for i in scores.examples.tolist()], None, self.suffix)
-        if 0 < len(set(self.categories)) <= MOST_CATEGORIES:
-            means = group_means(scores.rouge_l, [self.categories[i] for i in scores.examples.tolist()])
-            figures |= {
-                f"test/rougeL{self.suffix}_category/{name}": value for name, value in sorted(means.items())
-            }
+        for kind, names in (("task", self.tasks), ("category", self.categories)):
+            if 0 < len(set(names)) <= MOST_NAMES and "" not in names:
+                means = group_means(scores.rouge_l, [names[i] for i in scores.examples.tolist()])
+                figures |= {
+                    f"test/rougeL{self.suffix}_{kind}/{name}": value for name, value in sorted(means.items())
+                }
         return figures

@@ -15,7 +15,7 @@ from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
 from fedsim.config.paths import local_path
-from fedsim.config.schema import CohortConfig, Config, TrainingConfig
+from fedsim.config.schema import ClientsConfig, CohortConfig, Config, StrategyConfig, TrainingConfig
 from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError
@@ -23,9 +23,12 @@ from fedsim.evaluation.clients import ClientTest, CommonTest, NoTest, OwnSplitTe
 from fedsim.evaluation.generation import (
     AnswerTest,
     GeneratedAnswers,
+    Questions,
     TeacherForcedGuesses,
+    check_room,
     questions_of,
 )
+from fedsim.evaluation.held_out import ExampleAnswers, ExampleLosses, ExampleTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import Scorer
 from fedsim.lora.factors import AdapterState
@@ -42,8 +45,10 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
+from fedsim.server.early_stopping import StoppingRule
 from fedsim.server.engine import build_engine
 from fedsim.server.round import Run
+from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import (
     Tier,
     Tiers,
@@ -54,7 +59,11 @@ from fedsim.server.tiers import (
     tiers_by_size,
     with_phases,
 )
+from fedsim.server.turnout import Device, Outage, Participation, Slowness
+from fedsim.server.validation import Validation
 from fedsim.training.settings import LocalSettings, OptimizerSettings
+
+BYTES_PER_MBIT = 1e6 / 8
 
 CLIENTS = "clients"
 """Folder of what belongs to single clients, in the run folder."""
@@ -80,6 +89,8 @@ def build_run(
     updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
     trainer, scorer, model = build_engine(config, group, base, data.train, strategy.traits.changes_base)
     cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
+    budget, local = build_local_training(config)
+    global_test, client_test = build_tests(config, scorer, data)
     return Run(
         group=group,
         data=data,
@@ -92,25 +103,37 @@ def build_run(
         store=ClientStore(local_path(config.run.output_dir) / config.run.name / CLIENTS),
         base=updatable,
         trainer=trainer,
-        global_test=_evaluator(
-            config,
-            scorer,
-            data,
-            sample_examples(
-                len(data.test), config.evaluation.max_test_examples, config.run.seed, "max_test_examples"
-            ),
-        ),
-        client_test=_client_test(config, scorer, data),
+        global_test=global_test,
+        client_test=client_test,
         answers=_answers(config, model, base, data),
+        stopping=build_stopping_rule(config),
+        validation=_validation(config, scorer, model, base, data),
         cohort=cohort,
-        budget=_local_budget(config.training),
-        local=_local_settings(config),
+        budget=budget,
+        local=local,
         num_packs=config.training.pack.num_packs,
         rounds=config.run.rounds,
         evaluate_every=config.evaluation.every_rounds,
         seed=config.run.seed,
+        lr_phases=tuple((phase.from_round, phase.lr_scale) for phase in config.training.round_schedule),
         privacy=_accountant(config, cohort),
+        participation=build_participation(config, tiers),
+        screening=_screening(config),
+        corruption=_corruption(config),
     )
+
+
+def build_local_training(config: Config) -> tuple[LocalBudget, LocalSettings]:
+    """How much a client trains in a round, and how."""
+    return _local_budget(config.training), _local_settings(config)
+
+
+def build_tests(config: Config, scorer: Scorer, data: FederatedData) -> tuple[LossEvaluator, ClientTest]:
+    """The global test and the clients' tests, both measured by `scorer`."""
+    examples = sample_examples(
+        len(data.test), config.evaluation.max_test_examples, config.run.seed, "max_test_examples"
+    )
+    return _evaluator(config, scorer, data, examples), _client_test(config, scorer, data)
 
 
 def build_tiers(
@@ -178,7 +201,8 @@ def build_federated_strategy(
         max_ranks=tiers.max_ranks,
         seed=config.run.seed,
     )
-    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist", "slora")}
+    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist")}
+    arguments["slora"] = _slora_arguments(chosen, tiers)
     optimizer = aggregation.server_optimizer
     strategy = build_strategy(
         chosen.name,
@@ -196,6 +220,23 @@ def build_federated_strategy(
     )
     _check_traits(config, strategy, tiers)
     return strategy
+
+
+def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
+    """Arguments of SLoRA: densities by client, and the arguments of its second stage."""
+    slora = chosen.slora
+    by_tier = slora.tier_densities
+    if tiers.names and tiers.names[0].startswith("type "):  # types without a share have no tier
+        by_tier = (
+            tuple(by_tier[int(name.removeprefix("type ")) - 1] for name in tiers.names) if by_tier else ()
+        )
+    return {
+        "rounds": slora.rounds,
+        "density": slora.density,
+        "client_densities": tuple(by_tier[tier] for tier in tiers.tier_of.tolist()) if by_tier else (),
+        "then": slora.then,
+        "then_arguments": chosen.hetlora.model_dump() if slora.then == "hetlora" else {},
+    }
 
 
 def _options(options: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +261,11 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
         raise ConfigError(
             "evaluation.client_test must be common or own_split with strategy.name="
             f"{strategy.name}, which has no global model to test, got 'off'"
+        )
+    if not traits.has_global_model and config.early_stopping.metric != "off":
+        raise ConfigError(
+            f"early_stopping.metric must be off with strategy.name={strategy.name}, which has no global model to "
+            f"measure, got '{config.early_stopping.metric}'"
         )
     if not traits.uses_client_weights and config.aggregation.client_weights not in ("examples", "uniform"):
         raise ConfigError(
@@ -255,6 +301,54 @@ def build_initial_adapter(
     return initial_adapter(targets, tiers.max_ranks, scaling, config.run.seed, dtype)
 
 
+def build_participation(config: Config, tiers: Tiers) -> Participation | None:
+    """How reliable clients are, and the simulated clock; None where all report back and there is no clock.
+
+    Raises:
+        ConfigError: there are neither one device nor as many as resource tiers.
+    """
+    clients = config.clients
+    settings = clients.model_dump(exclude={"corruption"})
+    if settings == ClientsConfig().model_dump(exclude={"corruption"}):
+        return None
+    if len(clients.devices) not in (0, 1, len(tiers.ranks)):
+        raise ConfigError(
+            f"clients.devices must hold one device for all clients, or one for each of {len(tiers.ranks)} resource "
+            f"tiers, got {len(clients.devices)}"
+        )
+    return Participation(
+        availability=clients.availability,
+        outages=tuple(Outage(**outage.model_dump()) for outage in clients.outages),
+        dropout=clients.dropout,
+        over_selection=clients.over_selection,
+        deadline_s=clients.deadline_s,
+        devices=tuple(
+            Device(
+                device.tokens_per_s,
+                device.uplink_mbps * BYTES_PER_MBIT,
+                device.downlink_mbps * BYTES_PER_MBIT,
+            )
+            for device in clients.devices
+        ),
+        tier_of=tiers.tier_of,
+        slowness=Slowness(**clients.slowness.model_dump()),
+    )
+
+
+def _screening(config: Config) -> Screening | None:
+    training = config.training
+    if training.max_update_norm is None and config.clients.corruption.probability == 0:
+        return None  # the trainer itself sees to it that updates are finite
+    return Screening(training.on_not_finite, training.max_update_norm, training.on_large_update)
+
+
+def _corruption(config: Config) -> Corruption | None:
+    corruption = config.clients.corruption
+    if corruption.probability == 0:
+        return None
+    return Corruption(corruption.probability, corruption.kind, corruption.scale, config.run.seed)
+
+
 def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     """How cohorts are chosen among `num_clients`; a fraction is rounded down, to one client at least."""
     if config.client_ids is not None:
@@ -262,7 +356,7 @@ def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     expected = _expected_cohort(config, num_clients)
     if config.sampling == "poisson":
         return CohortPolicy(num_clients, max(1, round(expected)), None, expected / num_clients)
-    return CohortPolicy(num_clients, int(expected))
+    return CohortPolicy(num_clients, int(expected), as_published=config.sampling == "flexlora")
 
 
 def _expected_cohort(config: CohortConfig, num_clients: int) -> float:
@@ -331,20 +425,82 @@ def _answers(
     examples = sample_examples(len(store), answers.max_examples, config.run.seed, "max_answer_examples")
     questions = questions_of(store, examples)
     assert store.answers is not None, "questions_of refuses plain text"
-    generator = GreedyGenerator(model, base.pad_id, stop_tokens(base.model, base.tokenizer))
-    budget = config.evaluation.batch_tokens
-    test: AnswerTest
-    if answers.metric == "generated":
-        limit = max_positions_of(model.model.config)
-        test = GeneratedAnswers(generator, base.tokenizer, questions, answers.max_new_tokens, budget, limit)
-    else:
-        published = answers.metric == "teacher_forced_published"
-        test = TeacherForcedGuesses(generator, base.tokenizer, questions, budget, published)
+    test = _answer_test(config, model, base, questions)
     tasks = [store.answers.task(example) or "" for example in examples.tolist()]
     categories = [store.answers.category(example) for example in examples.tolist()]
     known = [category for category in categories if category is not None]
-    suffix = "" if answers.metric == "generated" else "_tf"
-    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), suffix)
+    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), _suffix(config))
+
+
+def _suffix(config: Config) -> str:
+    """What is put behind the names of figures of answers."""
+    return "" if config.evaluation.answers.metric == "generated" else "_tf"
+
+
+def _answer_test(
+    config: Config, model: AdaptedModel | StackedModel, base: BaseModel, questions: Questions
+) -> AnswerTest:
+    answers, budget = config.evaluation.answers, config.evaluation.batch_tokens
+    generator = GreedyGenerator(model, base.pad_id, stop_tokens(base.model, base.tokenizer))
+    if answers.metric == "generated":
+        limit = max_positions_of(model.model.config)
+        return GeneratedAnswers(generator, base.tokenizer, questions, answers.max_new_tokens, budget, limit)
+    published = answers.metric == "teacher_forced_published"
+    return TeacherForcedGuesses(generator, base.tokenizer, questions, budget, published)
+
+
+def build_stopping_rule(config: Config) -> StoppingRule | None:
+    """When the run stops before its last round; None for never."""
+    chosen = config.early_stopping
+    if chosen.metric == "off":
+        return None
+    where, _, what = chosen.metric.partition("_")
+    return StoppingRule(
+        figure=f"{where}/loss" if what == "loss" else f"{where}/rougeL{_suffix(config)}",
+        larger_is_better=what != "loss",
+        before_training=where == "validation",
+        patience=chosen.patience,
+        min_delta=chosen.min_delta,
+        from_round=chosen.from_round,
+    )
+
+
+def _validation(
+    config: Config, scorer: Scorer, model: AdaptedModel | StackedModel, base: BaseModel, data: FederatedData
+) -> Validation | None:
+    metric = config.early_stopping.metric
+    if not metric.startswith("validation"):
+        return None
+    partition, budget = data.partition, config.evaluation.batch_tokens
+    # what the corpus means for this, else what client_test_fraction has set aside
+    held = partition.test_indices if partition.eval_indices is None else partition.eval_indices
+    own = partition.test if partition.eval_indices is None else partition.evaluation
+    if held.size == 0:
+        raise ConfigError(
+            f"early_stopping.metric must be off or of the test set where no client keeps an example for its own "
+            f"evaluation, got '{metric}'; raise data.client_test_fraction, or give clients more examples"
+        )
+
+    def examples_of(client_id: int) -> NDArray[np.int64]:
+        return _some_of_client(config, own(client_id), client_id)
+
+    if metric == "validation_loss":
+        return Validation(
+            "loss",
+            examples_of,
+            partition.sizes,
+            lambda examples: ExampleLosses(scorer, data.train, examples, budget),
+        )
+
+    def prepare(examples: NDArray[np.int64]) -> ExampleTest:
+        test = _answer_test(config, model, base, questions_of(data.train, examples))
+        return ExampleAnswers(test, len(examples))
+
+    if config.evaluation.answers.metric == "generated":
+        assert data.train.answers is not None, "the configuration is checked before"
+        longest = int(data.train.answers.answer_start[held].max())
+        check_room(longest, config.evaluation.answers.max_new_tokens, max_positions_of(model.model.config))
+    return Validation(f"rougeL{_suffix(config)}", examples_of, partition.sizes, prepare)
 
 
 def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientTest:
@@ -360,14 +516,19 @@ def _client_test(config: Config, scorer: Scorer, data: FederatedData) -> ClientT
         own = data.partition.test(client_id) if client_id >= 0 else np.empty(0, dtype=np.int64)
         if len(own) == 0:
             return None
-        chosen = sample_examples(len(own), limit, config.run.seed, f"max_client_test_examples/{client_id}")
         return LossEvaluator(
             scorer,
             data.train,
             data.train_classes,
             data.partition.num_classes,
-            own[chosen],
+            _some_of_client(config, own, client_id),
             evaluation.batch_tokens,
         )
 
     return OwnSplitTest(own_split)
+
+
+def _some_of_client(config: Config, own: NDArray[np.int64], client_id: int) -> NDArray[np.int64]:
+    """At most `evaluation.max_client_test_examples` of a client's own examples."""
+    limit, seed = config.evaluation.max_client_test_examples, config.run.seed
+    return own[sample_examples(len(own), limit, seed, f"max_client_test_examples/{client_id}")]

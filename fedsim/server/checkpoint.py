@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedsim.atomic import remove_folder, replace_folder
 from fedsim.errors import AdapterError, CheckpointError, RunFolderError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.state import ServerState
+from fedsim.lora.state import BestSoFar, ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ def save_checkpoint(
     state: ServerState,
     folder: Path,
     keep_last: int,
-    protected: Collection[int] = (),
     *,
     make_folder: bool = True,
 ) -> Path:
@@ -52,8 +52,10 @@ def save_checkpoint(
     Args:
         state: after as many rounds as it says.
         folder: of the checkpoints.
-        keep_last, protected: see `prune_checkpoints`.
+        keep_last: how many of the newest stay.
         make_folder: make `folder` if it is not there. The folder that it is in is never made: it was there.
+
+    The best state that one of these knows of (`ServerState.best`) is kept as well.
 
     Raises:
         CheckpointError: the disk does not take it. The checkpoints that were there are as they were.
@@ -76,7 +78,9 @@ def save_checkpoint(
             name: {module: factors.scaling for module, factors in adapter.items()}
             for name, adapter in named.items()
         },
+        "simulated_s": state.simulated_s,
         "client_versions": {str(client): version for client, version in state.client_versions.items()},
+        "best": None if state.best is None else asdict(state.best),
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     description["sha256"] = _digest(description)
@@ -85,16 +89,48 @@ def save_checkpoint(
         (unfinished / TENSORS_FILE).write_bytes(data)
         (unfinished / STATE_FILE).write_text(json.dumps(description, indent=1), encoding="utf-8")
 
-    target = folder / f"round_{state.round_index:06d}"
+    target = checkpoint_path(folder, state.round_index)
     try:
         if make_folder:
             folder.mkdir(exist_ok=True)
         replace_folder(target, build)
-        prune_checkpoints(folder, keep_last, protected)
+        kept = list_checkpoints(folder)[-keep_last:]
+        best = {known.rounds for path in kept if (known := saved_best(path)) is not None}
+        prune_checkpoints(folder, keep_last, best)
     except (OSError, RunFolderError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write the checkpoint {target}: {reason}") from error
     return target
+
+
+def checkpoint_path(folder: Path, rounds: int) -> Path:
+    """The checkpoint of the state after so many rounds."""
+    return folder / f"round_{rounds:06d}"
+
+
+def saved_best(path: Path) -> BestSoFar | None:
+    """The best state that a checkpoint knows of; None if it knows of none, or is damaged."""
+    try:
+        return _best(_read_description(path))
+    except (*DAMAGE, _NewerFormatError) as error:
+        logger.warning("checkpoint %s is damaged (%s)", path, _one_line(error))
+        return None
+
+
+def load_checkpoint(folder: Path, rounds: int) -> ServerState:
+    """The state after so many rounds, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    path = checkpoint_path(folder, rounds)
+    try:
+        return _load(path)
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"checkpoint {path} must be readable, since it holds the best state so far, and is not "
+            f"({_one_line(error)}); get it back, or start again with early_stopping.export=last"
+        ) from error
 
 
 def prune_checkpoints(folder: Path, keep_last: int, protected: Collection[int] = ()) -> None:
@@ -191,7 +227,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[Path] | None = None
 
-    def save(self, state: ServerState, keep_last: int, protected: Collection[int] = ()) -> None:
+    def save(self, state: ServerState, keep_last: int) -> None:
         """As `save_checkpoint`, begun. Nobody may write into the tensors of `state`.
 
         Raises:
@@ -205,7 +241,6 @@ class CheckpointWriter:
             on_cpu,
             self._folder,
             keep_last,
-            frozenset(protected),
             make_folder=not self._began,
         )
         self._began = True
@@ -252,6 +287,8 @@ def _load(path: Path) -> ServerState:
         description["round_index"],
         AdapterState({}),
         client_versions=_client_versions(description),
+        simulated_s=description.get("simulated_s", 0.0),  # absent before there was a clock
+        best=_best(description),
     ).with_adapters(adapters)
 
 
@@ -291,6 +328,18 @@ def _client_versions(description: Mapping[str, Any]) -> dict[int, int]:
     if not all(0 <= number < LARGEST_INTEGER for pair in versions.items() for number in pair):
         raise ValueError("a client and its version must be integers in [0, 2**63)")
     return versions
+
+
+def _best(description: Mapping[str, Any]) -> BestSoFar | None:
+    best = description.get("best")
+    if best is None:
+        return None
+    found = BestSoFar(float(best["score"]), int(best["rounds"]), int(best["waited"]))
+    if not math.isfinite(found.score) or not (
+        0 <= found.rounds < 10**18 and 0 <= found.waited < LARGEST_INTEGER
+    ):
+        raise ValueError(f"the best state so far must have a finite score and counts >= 0, got {best!r}")
+    return found
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.data.build import FederatedData
 from fedsim.lora.updates import POOLED_CLIENT
@@ -21,12 +22,14 @@ class CohortPolicy:
         size: clients of a round; the expected number where they are drawn independently.
         client_ids: the same clients in every round, or None to draw them.
         probability: with which each client is drawn by itself (Poisson sampling), or None for exactly `size` clients.
+        as_published: draw what the code of arXiv 2402.11505 draws; see `published_seed`.
     """
 
     num_clients: int
     size: int
     client_ids: tuple[int, ...] | None = None
     probability: float | None = None
+    as_published: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +54,56 @@ class LocalBudget:
         return self.local_steps * self.examples_per_step
 
 
-def sample_cohort(policy: CohortPolicy, seed: int, round_index: int) -> tuple[int, ...]:
+def sample_cohort(
+    policy: CohortPolicy, seed: int, round_index: int, available: NDArray[np.int64] | None = None
+) -> tuple[int, ...]:
     """The clients of a round in ascending order, as `policy` says; none at all may come out of Poisson sampling.
 
-    The draw depends on (seed, round) alone.
+    The draw depends on (seed, round) and on who is available.
+
+    Args:
+        policy: how cohorts are chosen.
+        seed: of the run.
+        round_index: from 0.
+        available: clients that can be drawn, ascending; None for all. Where they are fewer than `policy` asks for, all
+            of them are drawn.
     """
+    if available is not None and len(available) < policy.num_clients:
+        return _among(available, policy, seed, round_index)
     if policy.client_ids is not None:
         return tuple(sorted(policy.client_ids))
     if policy.probability is not None:
         tosses = numpy_generator(seed, "cohort", round_index).random(policy.num_clients)
         return tuple(np.flatnonzero(tosses < policy.probability).tolist())
+    if policy.as_published:
+        legacy = np.random.RandomState(published_seed(seed, round_index))
+        return tuple(sorted(legacy.choice(policy.num_clients, size=policy.size, replace=False).tolist()))
     drawn = numpy_generator(seed, "cohort", round_index).choice(
         policy.num_clients, size=policy.size, replace=False, shuffle=False
     )
     return tuple(sorted(int(client_id) for client_id in drawn))
+
+
+def _among(
+    available: NDArray[np.int64], policy: CohortPolicy, seed: int, round_index: int
+) -> tuple[int, ...]:
+    """The cohort where some clients cannot be drawn."""
+    if policy.client_ids is not None:
+        return tuple(sorted(set(policy.client_ids) & set(available.tolist())))
+    generator = numpy_generator(seed, "cohort", round_index)
+    if policy.probability is not None:
+        tosses = generator.random(policy.num_clients)
+        return tuple(available[tosses[available] < policy.probability].tolist())
+    size = min(policy.size, len(available))
+    return tuple(np.sort(generator.choice(available, size=size, replace=False, shuffle=False)).tolist())
+
+
+def published_seed(seed: int, round_index: int) -> int:
+    """Seed of a round's cohort in the code of arXiv 2402.11505, for numpy's legacy generator.
+
+    Its own seed, 42, does not enter, and round 0 has the same cohort whatever the seed.
+    """
+    return round_index if seed == 42 else round_index * (seed + 200) * 20
 
 
 def client_jobs(

@@ -38,8 +38,11 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
         "ranks/idle_share": 1.0
         - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * train_s),
     }
+    if report.peak_memory_bytes:
+        metrics["ranks/peak_memory_mib"] = report.peak_memory_bytes / 2**20
     if pickled_payload_mib is not None:
         metrics["comm/client_payload_pickled_mib"] = pickled_payload_mib
+    metrics |= _participation_metrics(report)
     metrics |= report.figures
     metrics |= {f"time/{phase}": seconds for phase, seconds in report.seconds.items()}
     return metrics | _test_metrics(report)
@@ -48,6 +51,25 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
 def _mean(values: list[float]) -> float | None:
     """None for a round without clients."""
     return math.fsum(values) / len(values) if values else None
+
+
+def _participation_metrics(report: RoundReport) -> Metrics:
+    """Clients that did not report back or whose updates were not taken as they were, and the simulated clock."""
+    turnout = report.turnout
+    metrics: Metrics = {
+        "cohort/num_clipped": report.num_clipped,
+        "cohort/num_corrupted": report.num_corrupted,
+    }
+    if turnout is not None:
+        metrics |= {
+            "cohort/num_drawn": turnout.num_drawn,
+            "cohort/num_lost": turnout.num_lost,
+            "cohort/num_late": turnout.num_late,
+            "cohort/num_surplus": turnout.num_surplus,
+        }
+        if turnout.round_s is not None:
+            metrics |= {"simulated/round_s": turnout.round_s, "simulated/elapsed_s": report.simulated_s}
+    return metrics
 
 
 def _test_metrics(report: RoundReport) -> Metrics:
@@ -98,4 +120,5 @@ def _row(round_index: int, client: ClientReport) -> dict[str, int | float | None
         "pack": client.pack,
         "process_rank": client.process_rank,
         "seconds": client.seconds,
+        "simulated_s": client.simulated_s,
     }

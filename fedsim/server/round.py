@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, final
 
 from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.spectrum import spectra_with_energy
 from fedsim.aggregation.strategy import Aggregated, Strategy
 from fedsim.comm.agree import all_or_none
 from fedsim.comm.exchange import gather_reports
@@ -24,9 +25,14 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
+from fedsim.server.early_stopping import StoppingRule, stopping_figures
+from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import Tiers
+from fedsim.server.turnout import Participation, Turnout
+from fedsim.server.validation import Validation
+from fedsim.training.memory import peak_memory_bytes
 from fedsim.training.packs import ClientJob, Pack, pack_cohort
-from fedsim.training.settings import LocalSettings
+from fedsim.training.settings import LocalSettings, at_round
 from fedsim.training.trainer import Trainer
 
 
@@ -51,6 +57,34 @@ class NoWatch:
         """Do nothing."""
 
 
+class RoundInputs(Protocol):
+    """What decides who trains on what in each round; a `Run` is one."""
+
+    @property
+    def data(self) -> FederatedData: ...  # noqa: D102
+
+    @property
+    def strategy(self) -> Strategy: ...  # noqa: D102
+
+    @property
+    def cohort(self) -> CohortPolicy: ...  # noqa: D102
+
+    @property
+    def budget(self) -> LocalBudget: ...  # noqa: D102
+
+    @property
+    def local(self) -> LocalSettings: ...  # noqa: D102
+
+    @property
+    def lr_phases(self) -> tuple[tuple[int, float], ...]: ...  # noqa: D102
+
+    @property
+    def participation(self) -> Participation | None: ...  # noqa: D102
+
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything a round needs besides the server's state. The same on every rank but for the group's rank.
@@ -69,12 +103,18 @@ class Run:
         cohort: how cohorts are chosen.
         budget: how much a client trains in a round.
         local: how a client trains.
+        lr_phases: first round and factor on the learning rate of `local` from then on, ascending.
         num_packs: packs of a round.
         rounds: rounds of the whole run.
         evaluate_every: rounds between evaluations.
         seed: the run's seed.
         privacy: what differential privacy has been spent; None without it.
         answers: the test of the global model's answers; None without it.
+        participation: how reliable clients are, on a simulated clock; None if all report back.
+        screening: which updates the server takes; None for all finite ones, which the trainer sees to.
+        corruption: updates that arrive broken; None for none.
+        stopping: when to stop before the last round; None for never.
+        validation: the test of the global model before a round on its clients' own examples; None without it.
         watch: is told how the round goes on.
     """
 
@@ -95,13 +135,28 @@ class Run:
     rounds: int
     evaluate_every: int
     seed: int
+    lr_phases: tuple[tuple[int, float], ...] = ()
     privacy: PrivacyAccountant | None = None
     answers: AnswerEvaluation | None = None
+    participation: Participation | None = None
+    screening: Screening | None = None
+    corruption: Corruption | None = None
+    stopping: StoppingRule | None = None
+    validation: Validation | None = None
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
         return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+
+    def is_over(self, state: ServerState) -> bool:
+        """Whether no round is left to be run."""
+        stops = self.stopping is not None and self.stopping.stops(state.best)
+        return stops or state.round_index >= self.rounds
+
+    def local_in(self, round_index: int) -> LocalSettings:
+        """How a client trains in a round."""
+        return at_round(self.local, self.lr_phases, round_index)
 
     def client(self, client_id: int, state: ServerState) -> Client:
         """A client with what was kept for it, on the group's device.
@@ -121,13 +176,19 @@ class RoundReport:
     Attributes:
         round_index: from 0.
         clients: reports in client_id order.
-        num_dropped: clients of the cohort whose update was left out because it was not finite.
+        num_dropped: clients of the cohort whose update was left out because it was not finite, or too large.
         num_packs: packs of the round.
         global_test: loss sums of the global test set; None without an evaluation or without a global model.
         seconds: wall time by phase, on this rank.
         train_seconds_by_rank: time that each rank spent in local training.
-        figures: what the strategy and the privacy accountant say about the round, by metric.
-        spectra: module -> singular values of the average update, where the strategy knows them.
+        figures: what the strategy and the privacy accountant say about the round, and its learning rate, by metric.
+        spectra: module -> singular values of the average update, and module/energy -> its squared norm, where the
+            strategy knows them.
+        turnout: clients that did not report back, and simulated times; None if all report back.
+        num_clipped: clients whose update was scaled down.
+        num_corrupted: clients whose update arrived broken.
+        simulated_s: simulated seconds of all rounds so far; None without a clock.
+        peak_memory_bytes: most that any process has held from its start to the end of this round's training.
     """
 
     round_index: int
@@ -139,6 +200,11 @@ class RoundReport:
     train_seconds_by_rank: tuple[float, ...]
     figures: Mapping[str, float] = field(default_factory=dict)
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    turnout: Turnout | None = None
+    num_clipped: int = 0
+    num_corrupted: int = 0
+    simulated_s: float | None = None
+    peak_memory_bytes: int = 0
 
 
 def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
@@ -149,22 +215,33 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     """
     began = time.perf_counter()
     round_index = state.round_index
-    jobs = round_jobs(run, round_index)
+    jobs, turnout = who_reports(run, state, round_jobs(run, round_index))
     packs = pack_cohort(jobs, run.num_packs)  # whatever the world size
     mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
 
+    validated: dict[str, float] = {}
+    if run.validation is not None and run.evaluates(round_index):
+        run.watch.phase("validating")
+        cohort = drawn_cohort(run, round_index) if turnout is None else turnout.reporting
+        what = f"validation, round {round_index}"
+        validated = run.validation.measure(run.group, run.strategy.export(state), cohort, what)
+    started = time.perf_counter()
+
     run.watch.phase("training")
-    trained = _Trained([], [])
+    trained = _Trained()
     with all_or_none(run.group, f"local training, round {round_index}"):
         trained = _train_packs(state, run, [packs[index] for index in mine])
         trained_at = time.perf_counter()
 
     run.watch.phase("aggregating")
-    clients = gather_reports(run.group, trained.updates)
-    told = run.group.gather_objects((trained_at - began, trained.wrote_state))
+    clients = _with_clock(gather_reports(run.group, trained.updates), turnout)
+    held = peak_memory_bytes(run.group.device)
+    told = run.group.gather_objects((trained_at - started, held, trained.figures()))
     gathering = time.perf_counter()
     aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
-    next_state = _with_versions(run, state, aggregated.state, [ids for _, ids in told])
+    next_state = _with_versions(run, state, aggregated.state, [figures.wrote_state for *_, figures in told])
+    if turnout is not None and turnout.round_s is not None:
+        next_state = replace(next_state, simulated_s=state.simulated_s + turnout.round_s)
     aggregated_at = time.perf_counter()
 
     run.watch.phase("evaluating")
@@ -178,6 +255,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         if run.answers is not None:
             what = f"scoring answers, round {round_index}"
             answers = run.answers.measure(run.group, run.strategy.export(next_state), what)
+    figures = _figures(run, round_index, aggregated) | answers | validated
+    if run.stopping is not None:
+        known = figures if global_test is None else {**figures, "test/loss": global_test.mean}
+        next_state = replace(next_state, best=run.stopping.updated(state.best, known, round_index))
+        figures |= stopping_figures(next_state.best)
     ended = time.perf_counter()
     return next_state, RoundReport(
         round_index=round_index,
@@ -186,25 +268,77 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         num_packs=len(packs),
         global_test=global_test,
         seconds={
-            "train_s": trained_at - began,
+            "train_s": trained_at - started,
             "wait_s": gathering - trained_at,
             "gather_s": gather_s,
             "aggregate_s": aggregated_at - gathering - gather_s,
-            "evaluate_s": ended - aggregated_at,
+            "evaluate_s": ended - aggregated_at + started - began,
             "round_s": ended - began,
         },
-        train_seconds_by_rank=tuple(seconds for seconds, _ in told),
-        figures=_figures(run, round_index, aggregated) | answers,
-        spectra=aggregated.spectra,
+        train_seconds_by_rank=tuple(seconds for seconds, *_ in told),
+        figures=figures,
+        spectra=spectra_with_energy(aggregated.spectra, aggregated.by_module),
+        turnout=turnout,
+        num_clipped=sum(figures.num_clipped for *_, figures in told),
+        num_corrupted=sum(figures.num_corrupted for *_, figures in told),
+        simulated_s=None if turnout is None or turnout.round_s is None else next_state.simulated_s,
+        peak_memory_bytes=max(most for _, most, _ in told),
     )
 
 
-def round_jobs(run: Run, round_index: int) -> tuple[ClientJob, ...]:
-    """What the clients of a round do; the same on every rank."""
-    cohort = sample_cohort(run.cohort, run.seed, round_index)
+def drawn_cohort(run: RoundInputs, round_index: int) -> tuple[int, ...]:
+    """The clients drawn for a round, ascending, among those that can be; the same on every rank."""
+    if run.participation is None:
+        return sample_cohort(run.cohort, run.seed, round_index)
+    available = run.participation.available(run.cohort.num_clients, run.seed, round_index)
+    size = math.ceil(run.cohort.size * run.participation.over_selection - 1e-9)
+    return sample_cohort(replace(run.cohort, size=size), run.seed, round_index, available)
+
+
+def round_jobs(run: RoundInputs, round_index: int) -> tuple[ClientJob, ...]:
+    """What the clients drawn for a round do; the same on every rank."""
+    cohort = drawn_cohort(run, round_index)
+    local = at_round(run.local, run.lr_phases, round_index)
     if run.strategy.traits.trains_pool:
-        return pooled_job(cohort, run.data, run.budget, run.local, round_index)
-    return client_jobs(cohort, run.data, run.budget, run.local)
+        return pooled_job(cohort, run.data, run.budget, local, round_index)
+    return client_jobs(cohort, run.data, run.budget, local)
+
+
+def who_reports(
+    run: Run, state: ServerState, jobs: Sequence[ClientJob]
+) -> tuple[tuple[ClientJob, ...], Turnout | None]:
+    """The jobs of the clients that report back, and how the others were lost; the same on every rank.
+
+    On the simulated clock a client sends the sides that the strategy sends, at the LoRA ranks with which it starts.
+    """
+    participation = run.participation
+    if participation is None:
+        return tuple(jobs), None
+    round_index = state.round_index
+    traffic: dict[int, tuple[int, int]] = {}
+    if participation.has_clock:
+        by_tier: dict[int, tuple[int, int]] = {}
+        sides = run.strategy.sends(state)
+        for job in jobs:
+            lora_ranks = run.tiers.lora_ranks(job.client_id, round_index)
+            tier = id(lora_ranks)
+            if tier not in by_tier:
+                received = run.strategy.download(state, lora_ranks)
+                by_tier[tier] = (received.num_bytes, sides_bytes(received, sides))
+            traffic[job.client_id] = by_tier[tier]
+    seconds = participation.client_seconds(jobs, traffic, run.seed, round_index)
+    drawn = [job.client_id for job in jobs]
+    wanted = run.cohort.size if participation.over_selection > 1 else len(jobs)
+    turnout = participation.turnout(drawn, wanted, seconds, run.seed, round_index, run.cohort.num_clients)
+    reporting = set(turnout.reporting)
+    return tuple(job for job in jobs if job.client_id in reporting), turnout
+
+
+def _with_clock(reports: Sequence[ClientReport], turnout: Turnout | None) -> tuple[ClientReport, ...]:
+    """The reports with what the simulated clock says about them."""
+    if turnout is None:
+        return tuple(reports)
+    return tuple(replace(report, simulated_s=turnout.seconds.get(report.client_id)) for report in reports)
 
 
 def measure_global(run: Run, state: ServerState, what: str) -> LossSums:
@@ -218,16 +352,30 @@ def measure_global(run: Run, state: ServerState, what: str) -> LossSums:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trained:
-    """What this rank did in local training: its clients' uploads, and the clients whose own state it wrote."""
+class _Figures:
+    """What the other ranks must know about this rank's clients besides their reports."""
 
-    updates: list[ClientUpdate]
-    wrote_state: list[int]
+    wrote_state: tuple[int, ...]
+    num_clipped: int
+    num_corrupted: int
+
+
+@dataclass(slots=True)
+class _Trained:
+    """What this rank did in local training: its clients' uploads, and what happened to them on the way."""
+
+    updates: list[ClientUpdate] = field(default_factory=list)
+    wrote_state: list[int] = field(default_factory=list)
+    num_clipped: int = 0
+    num_corrupted: int = 0
+
+    def figures(self) -> _Figures:
+        return _Figures(tuple(self.wrote_state), self.num_clipped, self.num_corrupted)
 
 
 def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Trained:
     """Train this rank's packs; test each client before and after where the round is evaluated."""
-    done = _Trained([], [])
+    done = _Trained()
     tested = run.evaluates(state.round_index)
     num_clients = sum(len(pack.jobs) for pack in packs)
     received: dict[int, AdapterState] = {}  # by tier: what travels is cut to a tier's ranks once
@@ -244,10 +392,27 @@ def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Traine
             trained = _with_test_losses(run, plans, trained)
         for update in trained:
             client_id = update.report.client_id
-            _upload(state, run, clients[client_id], plans[client_id], update, done)
+            taken = _screened(run, plans[client_id].start, update, state.round_index, done)
+            if taken is not None:
+                _upload(state, run, clients[client_id], plans[client_id], taken, done)
         tokens = sum(update.report.trained_tokens for update in done.updates)
         run.watch.clients_done(len(done.updates), num_clients, tokens)
     return done
+
+
+def _screened(
+    run: Run, start: AdapterState, update: ClientUpdate, round_index: int, done: _Trained
+) -> ClientUpdate | None:
+    """The update as the server takes it, which may be not at all; counts into `done`."""
+    adapter: AdapterState | None = update.adapter
+    client_id = update.report.client_id
+    if run.corruption is not None and run.corruption.hits(client_id, round_index):
+        adapter = run.corruption.apply(start, update.adapter)
+        done.num_corrupted += 1
+    if run.screening is not None and adapter is not None:
+        adapter, was_clipped = run.screening.screen(start, adapter, client_id, round_index)
+        done.num_clipped += was_clipped
+    return None if adapter is None else ClientUpdate(update.report, adapter)
 
 
 def _upload(
@@ -277,12 +442,13 @@ def _with_versions(
 
 
 def _figures(run: Run, round_index: int, aggregated: Aggregated) -> dict[str, float]:
-    """Means over modules of what the strategy says, and the privacy spent."""
+    """Means over modules of what the strategy says, the peak learning rate, and the privacy spent."""
     names = dict.fromkeys(name for figures in aggregated.by_module.values() for name in figures)
     means = {}
     for name in names:
         values = [figures[name] for figures in aggregated.by_module.values() if name in figures]
         means[name] = math.fsum(values) / len(values)
+    means["train/lr"] = run.local_in(round_index).optimizer.lr
     if run.privacy is not None:
         means["privacy/epsilon"] = run.privacy.epsilon(round_index + 1)
     return means

@@ -11,6 +11,7 @@ from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import MIB, pickled_payload_mib
 from fedsim.server.cohort import CohortPolicy
 from fedsim.server.tiers import Tiers
+from fedsim.server.turnout import Participation
 
 MOST_TIERS = 8
 """Resource tiers that are listed one by one."""
@@ -28,6 +29,7 @@ class RunSummary:
         cohort: how cohorts are chosen.
         tiers: LoRA ranks of each client.
         strategy: the federated method.
+        participation: how reliable clients are; None if all report back.
     """
 
     base_name: str
@@ -37,6 +39,7 @@ class RunSummary:
     cohort: CohortPolicy
     tiers: Tiers
     strategy: Strategy
+    participation: Participation | None = None
 
     def lines(self) -> list[str]:
         """The summary as aligned lines of text."""
@@ -46,10 +49,13 @@ class RunSummary:
             ("data", f"{self.data.corpus_source}; test set: {self.data.test_from}"),
             ("partition", self._partition()),
             ("classes", self._classes()),
+            *([("answers", self._answers())] if self.data.train.answers is not None else []),
             ("strategy", self._strategy()),
             ("cohort", f"{self._size()} of {self.cohort.num_clients} clients a round"),
             ("traffic", self._traffic()),
         ]
+        if self.participation is not None:
+            rows.append(("clients", self._participation(self.participation)))
         return [f"{name:<10}{text}" for name, text in rows]
 
     def _model(self) -> str:
@@ -76,6 +82,19 @@ class RunSummary:
             tiers.append(f"{count} clients of LoRA rank {shown}")
         return f"{self.strategy.name}; {', '.join(tiers)}"
 
+    def _participation(self, participation: Participation) -> str:
+        parts = [f"available with probability {participation.availability:g}"]
+        if participation.outages:
+            parts.append(f"{len(participation.outages)} outages")
+        parts.append(f"drop out with probability {participation.dropout:g}")
+        if participation.over_selection > 1:
+            parts.append(f"{participation.over_selection:g} drawn for each one wanted")
+        if participation.deadline_s is not None:
+            parts.append(f"late after {participation.deadline_s:g} simulated seconds")
+        if participation.has_clock:
+            parts.append("simulated clock on")
+        return ", ".join(parts)
+
     def _size(self) -> str:
         return f"{self.cohort.size}" if self.cohort.probability is None else f"about {self.cohort.size}"
 
@@ -92,6 +111,28 @@ class RunSummary:
         edges = ", ".join(f"{edge:g}" for edge in self.data.class_edges)
         unit = self.data.partition.length_unit
         return f"{num_classes} length classes of {counts} examples, cut after {edges} {unit}"
+
+    def answer_counts(self) -> dict[str, dict[str, int]]:
+        """What became of prompts and answers in the training and the test set; empty for plain text."""
+        counts = {}
+        for name, store in (("training", self.data.train), ("test", self.data.test)):
+            if store.answers is not None:
+                counts[name] = {
+                    "examples": len(store),
+                    "prompts_cut": store.answers.num_prompts_cut,
+                    "answers_cut": store.answers.num_answers_cut,
+                    "dropped_without_label_token": store.num_dropped,
+                    "without_rouge_tokens": store.answers.num_without_rouge_tokens(),
+                }
+        return counts
+
+    def _answers(self) -> str:
+        return "; ".join(
+            f"{name}: {of['prompts_cut']:,} of {of['examples']:,} prompts and {of['answers_cut']:,} answers cut, "
+            f"{of['dropped_without_label_token']:,} rows without a label token dropped, {of['without_rouge_tokens']:,} "
+            "without a Latin reference (Rouge-L 0)"
+            for name, of in self.answer_counts().items()
+        )
 
     def _traffic(self) -> str:
         one_way = self.adapter.num_bytes

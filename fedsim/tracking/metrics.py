@@ -42,8 +42,9 @@ CLIENT_COLUMNS = {
     "pack": pa.int64(),
     "process_rank": pa.int64(),
     "seconds": pa.float64(),
+    "simulated_s": pa.float64(),
 }
-MAY_BE_MISSING = frozenset({"test_loss_before", "test_loss_after"})
+MAY_BE_MISSING = frozenset({"test_loss_before", "test_loss_after", "simulated_s"})
 
 
 class MetricsLog:
@@ -135,7 +136,7 @@ class MetricsLog:
 class ClientTable:
     """`clients.parquet`: a row for each client and round, columns as in `CLIENT_COLUMNS`.
 
-    Rows are kept in columns, 136 bytes each, and reach the disk with `flush`, which writes the whole file.
+    Rows are kept in columns, 144 bytes each, and reach the disk with `flush`, which writes the whole file.
 
     Raises:
         RunFolderError: the file cannot be read or written, or its columns are not those of this version.
@@ -152,7 +153,7 @@ class ClientTable:
         return int(self._table.num_rows)
 
     def append_rows(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
-        """Add clients of a round; each row has every column, the two test losses may be None."""
+        """Add clients of a round; each row has every column; those in `MAY_BE_MISSING` may be None."""
         if not rows:
             return
         for row in rows:

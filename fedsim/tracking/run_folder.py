@@ -106,12 +106,20 @@ class RunFolder:
         self._write_run_file({**started, **info, "config": self._config_tree, "history": history})
         self.started = True
 
-    def finish(self, status: EndStatus, reason: str | None = None, *, user_error: bool | None = None) -> None:
-        """Write how the run ended into `run.json`, with the time and, unless it is finished, why.
+    def finish(
+        self,
+        status: EndStatus,
+        reason: str | None = None,
+        info: Mapping[str, Any] | None = None,
+        *,
+        user_error: bool | None = None,
+    ) -> None:
+        """Write how the run ended into `run.json`, with the time.
 
         Args:
             status: how.
-            reason: why it is not finished.
+            reason: why, unless all rounds are done.
+            info: further entries, JSON-like.
             user_error: of a run that failed, whether the same command would fail again until the user mends something.
 
         Raises:
@@ -123,7 +131,7 @@ class RunFolder:
             history = [*before.get("history", []), _history_entry(before)]
             before = {**before, "start_time": None, "history": history}
         ended = {"status": status, "reason": reason, "user_error": user_error, "end_time": _now()}
-        self._write_run_file({**before, **ended})
+        self._write_run_file({**before, **(info or {}), **ended})
 
     def close(self) -> None:
         """Let others use the folder. May be called twice."""

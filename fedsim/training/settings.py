@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,3 +85,17 @@ def lr_factor(step: int, num_steps: int, schedule: str, warmup_steps: int) -> fl
 def learning_rate(settings: LocalSettings, step: int, num_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of a local run of `num_steps` steps."""
     return settings.optimizer.lr * lr_factor(step, num_steps, settings.schedule, settings.warmup_steps)
+
+
+def at_round(settings: LocalSettings, phases: Sequence[tuple[int, float]], round_index: int) -> LocalSettings:
+    """The settings of a round.
+
+    Args:
+        settings: of the run; themselves where no phase has begun.
+        phases: first round and factor on the peak learning rate, ascending; the last one that has begun counts alone.
+        round_index: from 0.
+    """
+    begun = [scale for first, scale in phases if first <= round_index]
+    if not begun:
+        return settings
+    return replace(settings, optimizer=replace(settings.optimizer, lr=settings.optimizer.lr * begun[-1]))

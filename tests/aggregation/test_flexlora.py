@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from fedsim.aggregation.flexlora import FlexLora
 from fedsim.aggregation.hlora import HLora
+from fedsim.aggregation.spectrum import spectra_with_energy
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.state import ServerState
@@ -81,6 +82,21 @@ def test_the_two_factors(kind):
         squares_up, squares_down = (values**2, np.ones(3)) if kind is FlexLora else (np.ones(3), values**2)
         np.testing.assert_allclose(up.T @ up, np.diag(squares_up), atol=1e-9 * values[0] ** 2)
         np.testing.assert_allclose(down @ down.T, np.diag(squares_down), atol=1e-9 * values[0] ** 2)
+
+
+@BOTH_KINDS
+def test_the_record_has_the_norm_of_all_of_the_mean(kind):
+    """Of three clients of rank 4 the server keeps four components, which do not tell how much was cut off."""
+    cohort, counts = [random_adapter(k, 4) for k in range(3)], [1, 3, 2]
+    aggregated = run(kind(make_federation(4)), cohort, counts)
+    record = spectra_with_energy(aggregated.spectra, aggregated.by_module)
+    assert list(record) == [*MODULES, *(f"{module}/energy" for module in MODULES)]
+    for module in MODULES:
+        (energy,) = record[f"{module}/energy"]
+        mean = mean_product(cohort, counts, module)
+        np.testing.assert_allclose(energy, (mean**2).sum(), rtol=1e-9)
+        assert sum(value**2 for value in record[module]) < 0.99 * energy
+    assert spectra_with_energy({Q: (1.0,)}, {Q: {"spectrum/total_rank": 1.0}}) == {Q: (1.0,)}
 
 
 @BOTH_KINDS
@@ -280,9 +296,32 @@ def test_figures_of_the_spectrum():
             "spectrum/energy_beyond_smallest_rank": 1 - kept[2],
             "spectrum/effective_rank": np.exp(-np.sum(shares * np.log(shares))),
             "spectrum/total_rank": 8.0,
+            "spectrum/energy": squares.sum(),
         }
         assert dict(figures) == pytest.approx(expected, rel=1e-9)
         np.testing.assert_allclose(aggregated.spectra[module], np.sqrt(squares[:4]), rtol=1e-9)
+
+
+@BOTH_KINDS
+def test_the_gap_to_averaged_factors_is_reported(kind):
+    """FedIT's mean of factors is another model than FlexLoRA's mean of products, unless clients are equal."""
+    counts = [10, 30, 5]
+    cohort = [random_adapter(k, 3) for k in range(3)]
+    told = run(kind(make_federation(4)), cohort, counts).by_module
+    p = np.array(counts) / sum(counts)
+    for module in TARGETS:
+        mean = mean_product(cohort, counts, module)
+        up = sum(
+            w * client[module].scaling * client[module].B.numpy() for w, client in zip(p, cohort, strict=True)
+        )
+        down = sum(w * client[module].A.numpy() for w, client in zip(p, cohort, strict=True))
+        gap = np.linalg.norm(mean - up @ down) / np.linalg.norm(mean)
+        assert gap > 0.1
+        assert told[module]["spectrum/gap_to_averaged_factors"] == pytest.approx(gap, rel=1e-9)
+    equal = run(kind(make_federation(4)), [cohort[0]] * 3, counts).by_module
+    assert all(figures["spectrum/gap_to_averaged_factors"] < 1e-6 for figures in equal.values())
+    mixed = run(kind(make_federation(4)), [random_adapter(0, 3), random_adapter(1, 4)], [1, 1]).by_module
+    assert all("spectrum/gap_to_averaged_factors" not in figures for figures in mixed.values())
 
 
 class TestContrast:

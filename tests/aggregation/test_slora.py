@@ -1,6 +1,7 @@
 """SLoRA: stage 1 against dense numpy averages, the change of stages against numpy's SVD, and the likely mistakes."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from fedsim.aggregation.fedavg import FedAvg
 from fedsim.aggregation.flexlora import FlexLora
-from fedsim.aggregation.slora import SPARSE, SLoRA, draw_positions
+from fedsim.aggregation.hetlora import HetLora, HetLoraNaive
+from fedsim.aggregation.slora import SPARSE, SLoRA, draw_part, draw_positions
+from fedsim.config.loader import load_config
 from fedsim.data.batches import collate
 from fedsim.errors import ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
@@ -17,6 +20,7 @@ from fedsim.lora.plan import BOTH, ONLY_A, ONLY_B, Client, absent
 from fedsim.lora.state import ServerState
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.targets import find_targets
+from fedsim.server.build import build_federated_strategy, build_tiers
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.sequential import SequentialTrainer
 from fedsim.training.settings import LocalSettings, OptimizerSettings
@@ -209,13 +213,16 @@ def test_stage_2_starts_from_the_svd_of_stage_1_for_one_rank(max_rank):
     assert strategy.export(state).equal(state.adapter)
 
 
-def test_stage_2_starts_from_the_svd_of_stage_1_for_mixed_ranks():
-    strategy, state = make(max_rank=6, then=FlexLora)
+@pytest.mark.parametrize("then", [FlexLora, HetLora, HetLoraNaive])
+def test_stage_2_starts_from_the_svd_of_stage_1_for_mixed_ranks(then):
+    strategy, state = make(max_rank=6, then=then)
     assert strategy.traits.mixed_ranks
     for _ in range(3):
         state = sparse_round(strategy, state)[0].state
     for ranks in ({WIDE: 1, TALL: 6}, {WIDE: 3, TALL: 2}):
         received = strategy.download(state, ranks)
+        start = strategy.plan(state, Client(0, ranks), received).start
+        assert start.equal(received), "what is trained is what stage 1 has learned"
         for module, rank in ranks.items():
             assert received[module].rank == rank
             assert received[module].scaling == 16 / rank
@@ -394,9 +401,153 @@ def test_contrast_a_mask_for_each_client_thins_out_the_mean():
     assert not np.allclose(common, mean)
 
 
+def by_tier(densities=(0.1, 0.3), **changes):
+    """Ten clients of which those of odd numbers have the larger density."""
+    strategy, state = make(**changes)
+    return replace(strategy, client_densities=tuple(densities[k % 2] for k in range(10))), state
+
+
+def part_of(strategy: SLoRA, client_id: int, module: str) -> np.ndarray:
+    i, o = TARGETS[module]
+    mask = np.zeros(o * i, dtype=bool)
+    part = strategy.parts[strategy.client_densities[client_id]][module].numpy()
+    mask[strategy.positions[module].numpy()[part]] = True
+    return mask.reshape(o, i)
+
+
+def test_masks_of_smaller_densities_lie_within_those_of_larger_ones():
+    densities = (0.02, 0.1, 0.3, 1.0)
+    strategy = replace(make()[0], client_densities=(*densities, *densities, 0.02, 0.1))
+    for module, (i, o) in TARGETS.items():
+        masks = [part_of(strategy, k, module) for k in range(4)]
+        assert [int(mask.sum()) for mask in masks] == [max(1, round(d * i * o)) for d in densities]
+        for smaller, larger in pairwise(masks):
+            assert not (smaller & ~larger).any()
+        assert np.array_equal(masks[0], part_of(strategy, 8, module)), "clients of a tier have one mask"
+        assert not np.array_equal(
+            masks[1], part_of(replace(strategy, federation=make_federation(seed=4)), 1, module)
+        )
+    # the largest mask is the one that a run of that density alone has
+    largest = replace(strategy, client_densities=(0.02, *[0.3] * 9))
+    assert all(torch.equal(largest.positions[m], make(density=0.3)[0].positions[m]) for m in TARGETS)
+
+
+def test_which_weights_a_small_client_trains_is_drawn_uniformly():
+    hits = np.zeros(40)
+    for seed in range(2000):
+        positions, part = draw_positions("x", 40, 0.5, seed), draw_part("x", 20, 40, 0.25, seed)
+        hits[positions[part].numpy()] += 1
+    # 500 expected each, with a standard deviation of 19
+    assert hits.min() > 410
+    assert hits.max() < 590
+
+
+def test_clients_of_a_density_train_and_send_their_part_and_enter_the_mean_with_all():
+    strategy, state = by_tier(rounds=3)
+    before = state = sparse_round(strategy, state)[0].state
+    result, plans = sparse_round(strategy, state)
+    for client_id, plan in plans.items():
+        client = Client(client_id, strategy.federation.max_ranks)
+        for module, dense in ((WIDE, "A"), (TALL, "B")):
+            mask = getattr(plan.mask[module], dense).numpy()
+            assert np.array_equal(mask, part_of(strategy, client_id, module))
+        upload = strategy.upload(state, client, plan, plan.start, make_report(client_id))
+        sent = sum(part_of(strategy, client_id, module).sum() for module in TARGETS)
+        if client_id % 2 == 0:
+            assert upload.uplink_bytes == 8 * sent
+        assert plan.downlink_bytes == 8 * sum(p.numel() for p in strategy.positions.values())
+    for module in TARGETS:
+        held = strategy.export(before)[module].delta_weight().numpy()
+        moved = {k: part_of(strategy, k, module) * change_of(k, 1, module) for k in COUNTS}
+        mean = held + sum(n / 45 * moved[k] for k, n in COUNTS.items())
+        weight = strategy.export(result.state)[module].delta_weight()
+        np.testing.assert_allclose(weight, mean, rtol=1e-12, atol=1e-13)
+        # contrast: averaged over those who train a weight, the others' say in it would be lost
+        shares = sum(n * part_of(strategy, k, module) for k, n in COUNTS.items())
+        thinned = held + sum(n * moved[k] for k, n in COUNTS.items()) / np.maximum(shares, 1)
+        assert not np.allclose(weight, thinned)
+
+
+def test_stage_1_with_densities_by_client_reaches_stage_2():
+    strategy, state = by_tier(rounds=2, max_rank=3, then=FlexLora)
+    sums = dict.fromkeys(TARGETS, 0.0)
+    for t in range(2):
+        for module in TARGETS:
+            sums[module] = sums[module] + sum(
+                n / 45 * part_of(strategy, k, module) * change_of(k, t, module) for k, n in COUNTS.items()
+            )
+        state = sparse_round(strategy, state)[0].state
+    for module, rank in ((WIDE, 2), (TALL, 3)):
+        received = strategy.download(state, {WIDE: 2, TALL: 3})[module]
+        np.testing.assert_allclose(received.delta_weight(), best(sums[module], rank), rtol=1e-9, atol=1e-11)
+
+
+TYPES = "strategy.slora.tier_densities=[0.0012, 0.0246, 0.0822, 0.1222]"
+DISTRIBUTED = ["strategy.name=slora", "strategy.slora.then=hetlora", "lora.rank_scale=0.05", TYPES]
+
+
+@pytest.mark.parametrize("distribution", ["heavy_tail_light", "homogeneous"])
+def test_densities_of_the_published_code_by_type(distribution):
+    config = load_config(
+        None, [*DISTRIBUTED, f"lora.distribution={distribution}", "strategy.hetlora.min_rank=2"]
+    )
+    targets = {"x.q_proj": (64, 64), "x.fc1": (64, 80)}
+    tiers = build_tiers(config, targets, 200)
+    strategy = build_federated_strategy(config, targets, tiers, 200)
+    of_type = {"type 1": 0.0012, "type 2": 0.0246, "type 3": 0.0822, "type 4": 0.1222}
+    expected = tuple(of_type[tiers.names[tier]] for tier in tiers.tier_of.tolist())
+    assert strategy.client_densities == expected
+    assert len(set(expected)) == (1 if distribution == "homogeneous" else 4)
+    assert isinstance(strategy.then, HetLora)
+    assert strategy.then.min_rank == 2
+    count = round(max(expected) * 64 * 64)
+    assert len(strategy.positions["x.q_proj"]) == count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["strategy.name=slora", TYPES],
+            "must be empty unless lora.tiers or lora.distribution names tiers, got",
+        ),
+        ([*DISTRIBUTED[:2], TYPES, "lora.distribution=by_size"], "must be empty unless lora.tiers or"),
+        (
+            ["strategy.name=slora", "lora.tiers=[{rank: 2}, {rank: 4}]", TYPES],
+            "tier_densities must have 2 values, one for each tier of lora.tiers, got",
+        ),
+        (
+            ["strategy.name=slora", "lora.distribution=uniform", "strategy.slora.tier_densities=[0.1]"],
+            "tier_densities must have 4 values, one for each type of lora.distribution=uniform, got",
+        ),
+        (
+            [*DISTRIBUTED, "lora.distribution=uniform", "strategy.slora.density=0.5"],
+            "strategy.slora.density must stay at its default 0.0012 when strategy.slora.tier_densities is set",
+        ),
+        (
+            ["strategy.name=slora", "strategy.hetlora.min_rank=2"],
+            "strategy.hetlora.min_rank must stay at its default",
+        ),
+    ],
+)
+def test_densities_that_fit_no_tiers_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert message in str(caught.value)
+
+
+def test_each_client_must_have_a_density():
+    with pytest.raises(ConfigError, match="10 clients must have a density each, or none of them, got 3"):
+        replace(make()[0], client_densities=(0.1, 0.2, 0.3))
+
+
 def test_traits_are_those_of_stage_2_but_nothing_may_be_wrapped_around():
-    strategy, _ = make(then=FlexLora)
-    assert strategy.traits == replace(strategy.then.traits, reduce="stack", takes_empty_cohorts=True)
+    for then in (FlexLora, HetLora):
+        strategy, _ = make(then=then)
+        expected = replace(
+            strategy.then.traits, reduce="stack", takes_empty_cohorts=True, uses_client_weights=True
+        )
+        assert strategy.traits == expected
     assert strategy.name == "slora"
 
 

@@ -6,6 +6,7 @@ from fedsim.config.loader import load_config
 from fedsim.errors import ConfigError
 
 CORPUS = ("data.source=corpus.jsonl",)
+DEVICE = "clients.devices=[{tokens_per_s: 9, uplink_mbps: 1, downlink_mbps: 2}]"
 MODEL = ("model.name_or_path=facebook/opt-125m",)
 
 REFUSED = [
@@ -31,6 +32,47 @@ REFUSED = [
     (
         ["cohort.client_ids=[1,2,1]"],
         "cohort.client_ids must name each client once, got [1] more than once",
+    ),
+    (
+        ["clients.deadline_s=60"],
+        "clients.deadline_s must stay at its default null when clients.devices is empty, without which there is no "
+        "simulated clock, got 60",
+    ),
+    (
+        ["clients.slowness.name=pareto"],
+        "clients.slowness.name must stay at its default 'none' when clients.devices is empty",
+    ),
+    (
+        [DEVICE, "clients.over_selection=3"],
+        "clients.over_selection times the cohort of 8 clients must be at most data.partition.num_clients=20, got 3",
+    ),
+    (
+        [DEVICE, "clients.over_selection=1.5", "cohort.sampling=poisson"],
+        "clients.over_selection must be 1 unless a fixed number of clients is drawn",
+    ),
+    (
+        ["clients.availability=0.9", "cohort.sampling=flexlora"],
+        "clients.availability must stay at its default 1.0 with cohort.sampling=flexlora, whose cohorts are those",
+    ),
+    (
+        ["clients.outages=[{from_round: 3, until_round: 3}]"],
+        "clients.outages[0].until_round must be above from_round=3, got 3",
+    ),
+    (
+        ["clients.outages=[{from_round: 0, until_round: 3, client_ids: [4, 20], share: 0.5}]"],
+        "clients.outages[0].client_ids must be below data.partition.num_clients=20, got [20]",
+    ),
+    (
+        ["clients.corruption.scale=5"],
+        "clients.corruption.scale must stay at its default 100.0 when clients.corruption.kind is nan, got 5",
+    ),
+    (
+        ["training.on_large_update=clip"],
+        "training.on_large_update must stay at its default 'fail' when training.max_update_norm is null, got 'clip'",
+    ),
+    (
+        ["strategy.name=centralized", "clients.dropout=0.1"],
+        "clients must be left at its defaults with strategy.name=centralized, which has no clients to lose",
     ),
     (
         ["training.local_epochs=1", "training.local_steps=3"],

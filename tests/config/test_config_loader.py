@@ -467,7 +467,7 @@ def test_a_file_without_a_usable_name_asks_for_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--foo"], "unknown option '--foo'; options are --help, --version and --dry-run"),
+        (["--foo"], "unknown option '--foo'; options are --help, --version, --dry-run and --estimate"),
         (["--run.rounds=3"], "unknown option '--run.rounds=3'; a key is set without dashes: 'run.rounds=3'"),
         (["--dry"], "unknown option '--dry'"),
         (["-x", "lora.rank=3"], "unknown option '-x'"),

@@ -13,6 +13,7 @@ from fedsim.data.corpus import TextSet
 from fedsim.data.prompts import PromptedTexts, Template
 from fedsim.data.tokens import TokenStore, build_token_store
 from fedsim.errors import DataError
+from fedsim.evaluation.rouge import AnswerScorer
 from tests.helpers import word_tokenizer
 
 TEMPLATE = Template("w3 {instruction} w4 {input} w5 ", "w3 {instruction} w5 ")
@@ -219,3 +220,11 @@ def test_real_tokenizers_split_prompt_and_answer(model: str, shared: Path) -> No
                         0
                     ].strip()
                 )
+
+
+def test_references_without_a_token_of_rouge_are_counted() -> None:
+    answers = [["\u732b"], ["w3", "\u732b"], ["."], ["\u732b", "7"], ["\u00c9"], ["K"]]
+    store = build([(words(10), "", references) for references in answers])
+    assert store.answers is not None
+    scores = AnswerScorer().scores(np.arange(6), ["x"] * 6, answers)
+    assert store.answers.num_without_rouge_tokens() == int(scores.without_tokens.sum()) == 3

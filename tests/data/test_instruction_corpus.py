@@ -203,6 +203,32 @@ def test_a_missing_client_file_is_an_error_unless_the_client_is_skipped(tmp_path
     assert set(corpus.train.clients or ()) == {f"{client:02d}" for client in range(11) if client != 7}
 
 
+def test_all_1614_client_files_and_the_1613_clients_of_the_published_code(tmp_path: Path) -> None:
+    """Ids 0 to 1613, 80/10/10; the code draws from the first 1,613, and client k must be the files of number k."""
+    folder = tmp_path / "1613"
+    folder.mkdir()
+    for client in range(1614):
+        row = {
+            "instruction": "w3",
+            "input": f"w{client % 60 + 3}",
+            "output": "w4",
+            "category": f"Kind {client}.json",
+        }
+        for kind, count in (("training", 8), ("eval", 1), ("test", 1)):
+            (folder / f"local_{kind}_{client}.json").write_text(json.dumps([row] * count), encoding="utf-8")
+    rules = {"format": "flexlora"}
+    corpus = read(folder, rules)
+    assert sorted(set(corpus.train.clients or ())) == [f"{client:04d}" for client in range(1614)]
+    data = build(
+        folder, {**rules, "skip_clients": (1613,), "hold_out": "task", "hold_out_names": ("Kind 5",)}, 1612
+    )
+    names = [f"{client:04d}" for client in range(1613) if client != 5]
+    assert list(data.partition.client_names) == names
+    assert (data.partition.sizes == 8).all()
+    assert (data.partition.eval_sizes == 1).all()
+    assert (data.partition.test_sizes == 1).all()
+
+
 def test_global_test_of_client_files(tmp_path: Path) -> None:
     source = write_client_files(tmp_path / "1613")
     rows = [{"instruction": "w3", "input": "", "output": "w4", "category": "Other 99.json"}]

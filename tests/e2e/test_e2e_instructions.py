@@ -75,6 +75,61 @@ def test_generated_answers_are_scored_alike_on_one_and_two_processes(program, in
         "test/num_without_rouge_tokens",
     } <= set(one[0])
     assert any(key.startswith("test/rougeL_category/kind") for key in one[0])
+    by_task = [value for key, value in one[0].items() if key.startswith("test/rougeL_task/task ")]
+    assert len(by_task) == 2, "a quarter of eight tasks"
+    assert one[0]["test/rougeL_by_client"] == pytest.approx(sum(by_task) / 2)
+
+
+def test_what_became_of_prompts_and_answers_is_said(program, instructions, capsys):
+    rows = [json.loads(line) for line in instructions.read_text().splitlines()]
+    rows[0]["output"] = [""]
+    rows[1]["output"] = ["\u732b"]
+    instructions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    extra = [
+        *settings(instructions)[:-1],
+        "data.instruction.hold_out_names=[task 6, task 7]",
+        "data.on_empty=drop",
+    ]
+    extra = [
+        argument
+        for argument in extra
+        if not argument.startswith(("data.instruction.hold_out_f", "run.rounds"))
+    ]
+    assert program.run(*extra, "data.max_tokens=7", "tracking.progress=plain", "run.rounds=1") == 0
+    counts = json.loads((program.run_folder / "run.json").read_text())["answers"]
+    # </s>, six words, the answer and </s> are nine tokens, so two of each prompt go
+    assert counts["training"] == {
+        "examples": 71,
+        "prompts_cut": 71,
+        "answers_cut": 0,
+        "dropped_without_label_token": 1,
+        "without_rouge_tokens": 1,
+    }
+    assert counts["test"]["examples"] == counts["test"]["prompts_cut"] == 24
+    told = capsys.readouterr().err
+    assert (
+        "training: 71 of 71 prompts and 0 answers cut, 1 rows without a label token dropped, 1 without"
+        in told
+    )
+
+
+def test_clients_whose_parts_the_corpus_names_need_no_fraction(program, instructions, capsys):
+    rows = [json.loads(line) for line in instructions.read_text().splitlines()]
+    for index, row in enumerate(rows):
+        row["part"] = ("train", "train", "train", "test")[index % 4]
+    instructions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    extra = [*settings(instructions)[:-1], "data.client_test_fraction=0", "evaluation.client_test=own_split"]
+    assert program.run(*extra, "data.instruction.part_field=part") == 0
+    table = pq.read_table(program.run_folder / "clients.parquet").to_pydict()
+    assert all(loss is not None for loss in table["test_loss_after"])
+    capsys.readouterr()
+    assert program.run(*extra, "run.name=without") == 2
+    assert (
+        "data.client_test_fraction must be > 0 when evaluation.client_test is own_split"
+        in capsys.readouterr().err
+    )
+    pooled = [argument for argument in extra if not argument.startswith("data.partition.name")]
+    assert program.run(*pooled, "data.instruction.part_field=part", "data.partition.name=iid") == 2
 
 
 @pytest.mark.parametrize("metric", ["teacher_forced", "teacher_forced_published"])

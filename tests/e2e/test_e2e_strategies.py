@@ -167,3 +167,37 @@ def test_bad_input_is_one_line_before_anything_is_trained(program, capsys, monke
     assert len(told) == 1
     assert re.search(message, told[0]), told[0]
     assert not (program.run_folder / "metrics.jsonl").exists()
+
+
+TWO_TIERS = "lora.tiers=[{share: 0.5, rank: 1}, {share: 0.5, rank: 3}]"
+PHONES = (
+    "strategy.name=flexlora",
+    "clients.devices=[{tokens_per_s: 50, uplink_mbps: 1, downlink_mbps: 5}, {tokens_per_s: 200, uplink_mbps: 1, "
+    "downlink_mbps: 5}]",
+    "clients.slowness.name=lognormal",
+    "clients.over_selection=1.5",
+    "clients.dropout=0.2",
+    "clients.corruption.probability=0.2",
+    "training.on_not_finite=drop",
+    "cohort.size=4",
+)
+
+
+def test_unreliable_clients_resume_with_their_clock(program):
+    assert program.run(TWO_TIERS, *PHONES, *LEARNING, "run.name=whole", "run.rounds=3") == 0
+    assert program.run(TWO_TIERS, *PHONES, *LEARNING, "run.name=cut", "run.rounds=1") == 0
+    assert program.run(TWO_TIERS, *PHONES, *LEARNING, "run.name=cut", "run.rounds=3") == 0
+    whole, cut = (metrics(program.run_folder.parent / name) for name in ("whole", "cut"))
+    keys = [key for key in whole[0] if key.startswith(("cohort/", "simulated/"))]
+    assert {"cohort/num_surplus", "cohort/num_corrupted", "simulated/elapsed_s"} <= set(keys)
+    assert [[row[key] for key in keys] for row in whole] == [[row[key] for key in keys] for row in cut]
+    assert whole[-1]["simulated/elapsed_s"] == pytest.approx(sum(row["simulated/round_s"] for row in whole))
+
+
+def test_devices_must_fit_the_tiers(program, capsys):
+    assert (
+        program.run(*PHONES, "lora.tiers=[{share: 1, rank: 1}, {share: 1, rank: 2}, {share: 1, rank: 3}]")
+        == 2
+    )
+    assert "or one for each of 3 resource tiers, got 2" in capsys.readouterr().err
+    assert not program.run_folder.exists()

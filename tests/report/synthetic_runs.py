@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,16 @@ def write_run(
     reason=None,
     better_by=0.0,
     info=None,
+    extra=None,
+    tiers=None,
+    values=None,
 ):
     """A run of `recorded` rounds (default: all of them); returns its folder.
 
     `better_by` is taken from every loss; the other losses follow from round, client and seed.
+
+    `extra` gives further metrics of a round, also in place of those that are there; `tiers` the LoRA ranks of tiers by
+    module, which clients take in turn, each with other costs; `values` what `spectra.jsonl` has of a round.
     """
     name = name or f"run-{seed}"
     config = load_config(
@@ -57,15 +64,24 @@ def write_run(
     with open_run_folder(path, to_tree(config), to_yaml(config), ["run.rounds"]) as run_folder:
         run_folder.start({"source": {"commit": "c" * 40, "dirty": False}, "world_size": 2, **(info or {})})
         (path / "partition.json").write_text(json.dumps(make_partition(num_clients, seed, labels).to_json()))
+        if tiers:
+            (path / "tiers.json").write_text(json.dumps(make_tiers(tiers, num_clients)))
         metrics, spectra_log = MetricsLog(path / "metrics.jsonl"), MetricsLog(path / "spectra.jsonl")
         clients = ClientTable(path / "clients.parquet")
         for round_index in range(rounds if recorded is None else recorded):
             report = make_report(
                 round_index, num_clients, cohort, seed, better_by, evaluate, client_tests, spectra
             )
+            if tiers:
+                costed = tuple(of_tier(client, len(tiers), seed) for client in report.clients)
+                report = replace(report, clients=costed)
+            if values:
+                report = replace(report, spectra=values(round_index))
             record = round_metrics(report, 0.298)
             if round_index == 0 and evaluate:
                 record["test/loss_initial"] = 5.5
+            if extra:
+                record |= extra(round_index)
             metrics.append(record)
             clients.append_rows(client_rows(report))
             if report.spectra:
@@ -74,6 +90,30 @@ def write_run(
         if status != "running":
             run_folder.finish(status, reason)
     return path
+
+
+def make_tiers(tiers, num_clients):
+    """As `Tiers.to_json` writes them; client k is of tier k modulo their number."""
+    tier_of = [client % len(tiers) for client in range(num_clients)]
+    described = [
+        {"name": f"type {index + 1}", "num_clients": tier_of.count(index), "lora_ranks": ranks}
+        for index, ranks in enumerate(tiers)
+    ]
+    return {"tiers": described, "tier_of": tier_of}
+
+
+def of_tier(client, num_tiers, seed):
+    """The report of a client with the costs of its tier."""
+    tier = client.client_id % num_tiers
+    return replace(
+        client,
+        lora_rank=2 * (tier + 1),
+        trained_parameters=1024 * (tier + 1),
+        uplink_bytes=4096 * (tier + 1),
+        downlink_bytes=4096 * (tier + 1),
+        steps=3 + tier,
+        seconds=0.5 + tier + 0.125 * client.client_id + 0.25 * seed,
+    )
 
 
 def make_partition(num_clients, seed, labels):

@@ -26,6 +26,8 @@ EVERY_FIGURE = {
     "energy_beyond_smallest_rank",
     "effective_rank",
     "spectra",
+    "spectra_by_module",
+    "train_loss",
 }
 
 
@@ -223,7 +225,7 @@ def test_one_round_of_several_seeds_has_a_bar_instead_of_a_band(tmp_path):
 def test_without_evaluation_the_other_figures_are_drawn_and_the_gap_is_told(tmp_path):
     report = make_report([write_run(tmp_path, evaluate=False, client_tests=False)])
     names = {picture.name for picture in report.pictures}
-    assert names == {"partition_1", "dirichlet_scatter", "time_breakdown"}
+    assert names == {"partition_1", "dirichlet_scatter", "time_breakdown", "train_loss"}
     for picture in report.pictures:
         check(picture)
     assert any("global test loss: no round was evaluated" in note for note in report.notes)

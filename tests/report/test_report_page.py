@@ -58,13 +58,13 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(runs, tmp_path, capsys):
     page = Page()
     page.feed(text)
     assert page.open == []
-    assert len(page.alts) == 9
+    assert len(page.alts) == 10
     assert all(page.alts)
     for address in page.addresses:
         assert address.startswith("data:image/png;base64,") or address.removeprefix("#") in page.ids
     assert re.findall(r"https?://|url\(|@import|<script", text) == []
     shown = capsys.readouterr()
-    assert shown.out.startswith(f"{out / 'index.html'}: 9 figures, 3 tables\n")
+    assert shown.out.startswith(f"{out / 'index.html'}: 10 figures, 3 tables\n")
     assert shown.err == ""
 
 
@@ -90,7 +90,7 @@ def test_two_calls_write_the_same_bytes(runs, tmp_path):
     for name in ("one", "two"):
         write_report(make_report([runs]), tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
-    assert len(files) == 2 + 2 * 9
+    assert len(files) == 2 + 2 * 10
     for path in files:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
 

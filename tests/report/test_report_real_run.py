@@ -45,13 +45,16 @@ def runs(tmp_path_factory):
 def test_a_real_run_has_every_figure(runs):
     report = make_report([runs])
     assert report.notes == ()
-    assert {picture.name for picture in report.pictures} == EVERY_FIGURE - {"final_test_loss"}
+    assert {picture.name for picture in report.pictures} == EVERY_FIGURE - {"final_test_loss"} | {
+        "energy_kept"
+    }
     for picture in report.pictures:
         check(picture)
 
 
 def test_a_real_run_fills_the_tables(runs):
-    results, parameters, all_runs = make_report([runs]).tables
+    tables = {table.name: table for table in make_report([runs]).tables}
+    results, parameters, all_runs = (tables[name] for name in ("results", "parameters", "runs"))
     assert results.rows[0][:3] == ("all runs", "0, 1", "2")
     assert "not measured" not in results.rows[0]
     # 2 layers x 2 modules x rank 2 or 4 x (16 in + 16 out)
@@ -62,3 +65,16 @@ def test_a_real_run_fills_the_tables(runs):
 def test_a_real_run_alone_is_reported_from_the_command_line(runs, tmp_path):
     assert report_main([str(runs / "s0"), "--out", str(tmp_path / "out"), "--clients", "0,1"]) == 0
     assert "<h1>fedsim report: 1 run of 1 configuration</h1>" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_real_run_has_the_tables_of_resource_tiers(runs):
+    tables = {table.name: table for table in make_report([runs]).tables}
+    assert {"loss_by_method", "rounds_to_target", "tiers", "truncation"} <= set(tables)
+    lines = tables["tiers"].rows
+    assert [line[2] for line in lines] == ["2 everywhere", "4 everywhere"]
+    assert sum(int(line[4]) for line in lines) == 2 * 2 * 3  # seeds, rounds, clients of a round
+    assert [line[5] for line in lines] == ["256", "512"]
+    for line in lines:
+        assert float(line[8].split(" ")[0]) > 0
+        assert line[10].endswith("MiB")
+    assert "too small" not in tables["truncation"].note  # the program records the squared norms

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedsim.errors import CheckpointError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.state import ServerState
+from fedsim.lora.state import BestSoFar, ServerState
 from fedsim.server.checkpoint import (
     CheckpointWriter,
     kept_client_versions,
@@ -42,6 +43,7 @@ def state(round_index: int) -> ServerState:
         {"client/000003": adapter(99, torch.float64)},
         adapter(round_index + 50),
         {3: 1, 70000: 2},
+        simulated_s=12.75,
     )
 
 
@@ -49,6 +51,7 @@ def same(one: ServerState, other: ServerState) -> bool:
     return (
         one.round_index == other.round_index
         and one.client_versions == other.client_versions
+        and one.simulated_s == other.simulated_s
         and one.base_update.equal(other.base_update)
         and one.adapter.equal(other.adapter)
         and list(one.strategy_state) == list(other.strategy_state)
@@ -188,10 +191,17 @@ def test_a_checkpoint_beyond_the_record_is_passed_over(tmp_path, caplog):
         load_newest_checkpoint(tmp_path, recorded_rounds=0)
 
 
-def test_protected_checkpoints_stay(tmp_path):
+def with_best(index: int, best: int) -> ServerState:
+    return replace(state(index), best=BestSoFar(0.25, best, index - best))
+
+
+def test_the_best_checkpoint_stays(tmp_path):
     for index in range(1, 8):
-        save_checkpoint(state(index), tmp_path, keep_last=2, protected={3, 99})
+        save_checkpoint(with_best(index, min(index, 3)), tmp_path, keep_last=2)
     assert [rounds_completed(path) for path in list_checkpoints(tmp_path)] == [3, 6, 7]
+    newest = load_newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.best == BestSoFar(0.25, 3, 4)
     prune_checkpoints(tmp_path, keep_last=1)
     assert [rounds_completed(path) for path in list_checkpoints(tmp_path)] == [7]
 
@@ -208,8 +218,8 @@ def test_the_writer_writes_what_save_checkpoint_writes(tmp_path):
         (tmp_path / name).mkdir()
     writer = CheckpointWriter(tmp_path / "apart")
     for index in range(1, 5):
-        writer.save(state(index), keep_last=2, protected={1})
-        save_checkpoint(state(index), tmp_path / "together", keep_last=2, protected={1})
+        writer.save(with_best(index, 1), keep_last=2)
+        save_checkpoint(with_best(index, 1), tmp_path / "together", keep_last=2)
     writer.wait()
     writer.close()
     files = {

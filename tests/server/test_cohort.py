@@ -2,9 +2,11 @@
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given
 
 from fedsim.config.loader import load_config
+from fedsim.errors import ConfigError
 from fedsim.server.build import build_cohort_policy, sample_examples
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.training.packs import pack_cohort
@@ -40,6 +42,39 @@ def test_cohorts_differ_by_round_and_seed():
 def test_a_fixed_list_is_the_cohort_of_every_round():
     policy = CohortPolicy(20, 3, (7, 1, 4))
     assert sample_cohort(policy, 0, 0) == sample_cohort(policy, 9, 9) == (1, 4, 7)
+
+
+def test_cohorts_of_flexloras_code():
+    """Sums and first clients that its `client_selection` gives, run once with its own seed."""
+    policy = build_cohort_policy(load_config(None, PUBLISHED).cohort, 1613)
+    assert policy == CohortPolicy(1613, 80, as_published=True)
+    drawn = {t: sample_cohort(policy, 42, t) for t in (0, 1, 15)}
+    assert {t: sum(cohort) for t, cohort in drawn.items()} == {0: 67631, 1: 65116, 15: 66154}
+    assert drawn[0][:8] == (18, 53, 76, 113, 175, 191, 204, 219)
+    assert drawn[1][:4] == (8, 60, 75, 108)
+    assert all(len(set(cohort)) == 80 and max(cohort) < 1613 for cohort in drawn.values())
+    seen = [
+        len({k for t in range(rounds) for k in sample_cohort(policy, 42, t)}) for rounds in (10, 20, 30, 50)
+    ]
+    assert seen == [640, 1038, 1260, 1480]
+    assert sample_cohort(policy, 7, 0) == drawn[0], "as published: round 0 is the same for all seeds"
+    other = np.random.RandomState(3 * 207 * 20).choice(np.arange(1613), 80, replace=False)
+    assert sample_cohort(policy, 7, 3) == tuple(sorted(other.tolist()))
+    assert sample_cohort(CohortPolicy(1613, 80), 42, 0) != drawn[0], "contrast: our own stream"
+
+
+PUBLISHED = ["cohort.sampling=flexlora", "cohort.fraction=0.05", "data.partition.num_clients=1613"]
+
+
+def test_what_flexloras_code_cannot_draw_is_refused():
+    with pytest.raises(ConfigError, match="run.seed must be at most 4382419 with cohort.sampling=flexlora"):
+        load_config(None, [*PUBLISHED, "run.rounds=50", "run.seed=4382420"])
+    largest = load_config(None, [*PUBLISHED, "run.rounds=50", "run.seed=4382419"])
+    sample_cohort(build_cohort_policy(largest.cohort, 1613), largest.run.seed, 49)
+    with pytest.raises(
+        ConfigError, match="cohort.sampling must be fixed when cohort.client_ids is set, got 'flex"
+    ):
+        load_config(None, ["cohort.sampling=flexlora", "cohort.client_ids=[1]"])
 
 
 def test_size_from_the_configuration():

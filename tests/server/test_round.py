@@ -204,6 +204,7 @@ def test_a_round_lowers_the_training_loss_and_reports_itself():
     )
     assert metrics["fairness/test_loss_variance"] > 0.0
     assert {"time/round_s", "time/train_s", "time/gather_s", "time/aggregate_s"} <= set(metrics)
+    assert metrics["ranks/peak_memory_mib"] > 1
 
 
 def test_global_loss_is_the_mean_over_label_tokens():

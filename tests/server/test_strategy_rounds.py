@@ -32,6 +32,17 @@ UNMIXED = ("fedavg", "fedex", "ffa", "rolora", "fedsa", "fedsvd", "scaffold")
 CASES = {
     name: {"ranks": (2,) if name in UNMIXED else MIXED, "arguments": ARGUMENTS.get(name)} for name in STRATEGY_NAMES
 } | {
+    "slora, then hetlora": {
+        "strategy": "slora",
+        "ranks": MIXED,
+        "arguments": {
+            "rounds": 1,
+            "density": 0.1,
+            "client_densities": (0.05, 0.2, 0.1, 0.05, 0.2),
+            "then": "hetlora",
+            "then_arguments": ARGUMENTS["hetlora"],
+        },
+    },
     "fedadam over rolora": {
         "strategy": "rolora", "server_optimizer": ServerOptimizerSettings.published("fedadam")
     },

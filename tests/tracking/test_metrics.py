@@ -33,6 +33,7 @@ def row(round_index, client_id, **more):
         "pack": 0,
         "process_rank": 0,
         "seconds": 1.5,
+        "simulated_s": 30.0,
         **more,
     }
 
@@ -143,11 +144,16 @@ def test_client_table_has_the_agreed_columns(table_path):
         "test_loss_before",
         "test_loss_after",
         "seconds",
+        "simulated_s",
     ]
     assert schema.names == list(row(0, 0))
     assert [field.name for field in schema if field.type == pa.float64()] == floats
     assert all(field.type in (pa.int64(), pa.float64()) for field in schema)
-    assert [field.name for field in schema if field.nullable] == ["test_loss_before", "test_loss_after"]
+    assert [field.name for field in schema if field.nullable] == [
+        "test_loss_before",
+        "test_loss_after",
+        "simulated_s",
+    ]
 
 
 def test_client_table_grows_over_restarts(table_path):

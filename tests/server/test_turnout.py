@@ -1,0 +1,179 @@
+"""Unreliable clients and the simulated clock: who reports back, when, and what a round makes of it."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from fedsim.comm.group import Group, SoloGroup
+from fedsim.server.cohort import CohortPolicy, sample_cohort
+from fedsim.server.metrics import client_rows, round_metrics
+from fedsim.server.round import round_jobs, run_round
+from fedsim.server.turnout import Device, Outage, Participation, Slowness
+from tests.helpers import run_ranks
+from tests.server.test_round import NUM_CLIENTS, bits_of, make_run, start_state
+
+DEVICE = Device(tokens_per_s=100.0, uplink_bytes_per_s=1e4, downlink_bytes_per_s=4e4)
+
+
+def clocked(**settings) -> Participation:
+    tiers = np.arange(NUM_CLIENTS, dtype=np.int64) % 2
+    return Participation(devices=(DEVICE,), tier_of=tiers, **settings)
+
+
+def test_clients_are_available_with_the_probability_asked_for():
+    participation = Participation(availability=0.3)
+    counts = [len(participation.available(1000, 1, index)) for index in range(50)]
+    assert abs(np.mean(counts) - 300) < 5 * np.sqrt(1000 * 0.3 * 0.7 / 50)
+    assert len(set(counts)) > 1
+    assert (participation.available(1000, 1, 7) == participation.available(1000, 1, 7)).all()
+
+
+def test_an_outage_takes_its_clients_away_and_gives_them_back():
+    participation = Participation(outages=(Outage(2, 4, (1, 3)), Outage(3, 4, share=0.5)))
+    assert participation.available(5, 0, 1).tolist() == [0, 1, 2, 3, 4]
+    assert participation.available(5, 0, 2).tolist() == [0, 2, 4]
+    both = Participation(outages=(Outage(0, 9, share=0.5),))
+    assert len(both.available(10, 0, 0)) == 5
+    assert both.available(10, 0, 0).tolist() == both.available(10, 0, 8).tolist(), "one outage, one draw"
+    assert participation.available(5, 0, 4).tolist() == [0, 1, 2, 3, 4]
+
+
+@given(st.integers(1, 60), st.data(), st.integers(0, 2**40), st.integers(0, 99))
+def test_a_cohort_is_drawn_among_the_available(num_clients, data, seed, round_index):
+    available = np.array(sorted(data.draw(st.sets(st.integers(0, num_clients - 1)))), dtype=np.int64)
+    size = data.draw(st.integers(1, num_clients))
+    cohort = sample_cohort(CohortPolicy(num_clients, size), seed, round_index, available)
+    assert len(set(cohort)) == len(cohort) == min(size, len(available))
+    assert list(cohort) == sorted(cohort)
+    if len(available) < num_clients:
+        assert set(cohort) <= set(available.tolist())
+    else:
+        assert cohort == sample_cohort(CohortPolicy(num_clients, size), seed, round_index), "nothing changes"
+    tossed = sample_cohort(CohortPolicy(num_clients, size, None, 0.5), seed, round_index, available)
+    assert set(tossed) <= set(available.tolist())
+    assert set(tossed) <= set(sample_cohort(CohortPolicy(num_clients, size, None, 0.5), seed, round_index))
+
+
+def test_simulated_seconds_follow_the_formula():
+    run = make_run(SoloGroup())
+    jobs = round_jobs(run, 0)
+    traffic = {job.client_id: (4000 + job.client_id, 1000) for job in jobs}
+    seconds = clocked().client_seconds(jobs, traffic, 1, 0)
+    for job in jobs:
+        expected = (4000 + job.client_id) / 4e4 + job.cost_tokens / 100 + 1000 / 1e4
+        assert seconds[job.client_id] == pytest.approx(expected)
+    by_tier = replace(clocked(), devices=(DEVICE, Device(50.0, 1e4, 4e4))).client_seconds(jobs, traffic, 1, 0)
+    for job in jobs:
+        extra = job.cost_tokens / 100 if job.client_id % 2 else 0.0
+        assert by_tier[job.client_id] == pytest.approx(seconds[job.client_id] + extra)
+
+
+@pytest.mark.parametrize(
+    ("slowness", "median"),
+    [
+        (Slowness("lognormal", 0.5), 1.0),
+        (Slowness("pareto", 2.0), 2**0.5),
+        (Slowness("uniform", 3.0), 2.5),
+        (Slowness(), 1.0),
+    ],
+)
+def test_slowness_has_the_median_of_its_distribution(slowness, median):
+    factors = slowness.factors(20_000, 5, 0)
+    assert (factors > 0).all()
+    assert np.median(factors) == pytest.approx(median, rel=0.03)
+    fixed = replace(slowness, each_round=False)
+    assert (fixed.factors(9, 5, 0) == fixed.factors(9, 5, 1)).all()
+    if slowness.name != "none":
+        assert (slowness.factors(9, 5, 0) != slowness.factors(9, 5, 1)).any()
+
+
+def test_the_server_waits_for_the_deadline_only_where_somebody_is_missing():
+    seconds = {0: 1.0, 1: 5.0, 2: 2.0, 3: 9.0}
+    everyone = clocked().turnout([0, 1, 2, 3], 4, seconds, 0, 0, 5)
+    assert (everyone.reporting, everyone.round_s) == ((0, 1, 2, 3), 9.0)
+    late = clocked(deadline_s=6.0).turnout([0, 1, 2, 3], 4, seconds, 0, 0, 5)
+    assert (late.reporting, late.num_late, late.round_s) == ((0, 1, 2), 1, 6.0)
+    first = clocked(over_selection=2.0, deadline_s=6.0).turnout([0, 1, 2, 3], 2, seconds, 0, 0, 5)
+    assert (first.reporting, first.num_surplus, first.num_late, first.round_s) == ((0, 2), 1, 1, 2.0)
+    few = clocked(over_selection=2.0).turnout([1], 2, seconds, 0, 0, 5)
+    assert (few.reporting, few.round_s) == ((1,), 5.0)
+
+
+def test_clients_drop_out_with_the_probability_asked_for():
+    participation = Participation(dropout=0.25)
+    lost = [participation.turnout(range(400), 400, {}, 3, index, 400).num_lost for index in range(40)]
+    assert abs(np.mean(lost) - 100) < 5 * np.sqrt(400 * 0.25 * 0.75 / 40)
+    assert participation.turnout(range(400), 400, {}, 3, 0, 400).round_s is None, "no clock"
+
+
+def test_clients_that_do_not_report_leave_no_trace_in_the_aggregate():
+    """A round in which client 2 is late equals a round of the others alone."""
+    run = make_run(SoloGroup(), size=4)
+    drawn = [job.client_id for job in round_jobs(run, 0)]
+    seconds = {
+        job.client_id: s
+        for job, s in zip(
+            round_jobs(run, 0),
+            (clocked().client_seconds(round_jobs(run, 0), dict.fromkeys(drawn, (0, 0)), 1, 0)).values(),
+            strict=True,
+        )
+    }
+    slowest = max(seconds, key=lambda client: seconds[client])
+    instant = replace(DEVICE, uplink_bytes_per_s=1e30, downlink_bytes_per_s=1e30)
+    participation = replace(clocked(deadline_s=sorted(seconds.values())[-2] + 1e-6), devices=(instant,))
+    state, report = run_round(start_state(), replace(run, participation=participation))
+    others = tuple(client for client in drawn if client != slowest)
+    alone, _ = run_round(start_state(), replace(run, cohort=CohortPolicy(NUM_CLIENTS, 3, others)))
+    everyone, _ = run_round(start_state(), run)
+    assert bits_of(state) == bits_of(alone)
+    assert bits_of(state) != bits_of(everyone)
+    metrics = round_metrics(report, None)
+    assert (metrics["cohort/num_drawn"], metrics["cohort/num_late"], metrics["cohort/num_clients"]) == (
+        4,
+        1,
+        3,
+    )
+    assert metrics["simulated/round_s"] == participation.deadline_s
+    rows = client_rows(report)
+    assert [row["simulated_s"] for row in rows] == pytest.approx([seconds[client] for client in others])
+
+
+def unreliable_rounds(group: Group) -> list:
+    run = make_run(group, size=2)
+    participation = clocked(
+        availability=0.8,
+        dropout=0.3,
+        over_selection=1.5,
+        slowness=Slowness("lognormal", 1.0),
+        deadline_s=30.0,
+    )
+    state, told = start_state(), []
+    for _ in range(4):
+        state, report = run_round(state, replace(run, participation=participation))
+        metrics = round_metrics(report, None)
+        told.append({k: v for k, v in metrics.items() if k.startswith(("cohort/", "simulated/", "test/"))})
+    return [bits_of(state), state.simulated_s, told]
+
+
+def test_unreliable_clients_are_the_same_on_any_number_of_processes(tmp_path):
+    alone = unreliable_rounds(SoloGroup())
+    rounds = alone[2]
+    assert len({row["cohort/num_clients"] for row in rounds}) > 1, "some of the four rounds lost clients"
+    assert rounds[-1]["simulated/elapsed_s"] == sum(row["simulated/round_s"] for row in rounds) == alone[1]
+    for result in run_ranks(unreliable_rounds, 2, tmp_path):
+        assert result == alone
+
+
+def test_a_round_without_clients_goes_by():
+    run = replace(make_run(SoloGroup()), participation=Participation(outages=(Outage(0, 1),)))
+    before = start_state()
+    state, report = run_round(before, run)
+    assert state.round_index == 1
+    assert bits_of(state) == bits_of(before)
+    assert round_metrics(report, None)["cohort/num_drawn"] == 0
+    later, report = run_round(state, run)
+    assert len(report.clients) == 4
+    assert bits_of(later) != bits_of(state)

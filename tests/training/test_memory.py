@@ -1,0 +1,48 @@
+"""Peak memory of a process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fedsim.training.memory import peak_memory_bytes
+
+MIB = 2**20
+PROGRAM = """
+import json, subprocess, sys
+import numpy as np
+import torch
+from fedsim.training.memory import peak_memory_bytes
+
+CPU = torch.device("cpu")
+peaks = {"before": peak_memory_bytes(CPU)}
+block = np.ones(peaks["before"] + 64 * 2**20, dtype=np.uint8)
+peaks |= {"block": block.size, "during": peak_memory_bytes(CPU)}
+if len(sys.argv) > 1:
+    child = subprocess.run([sys.executable, "-c", sys.argv[1]], capture_output=True, text=True, check=True)
+    peaks["of the child"] = json.loads(child.stdout)["before"]
+del block
+peaks["after"] = peak_memory_bytes(CPU)
+print(json.dumps(peaks))
+"""
+
+
+def test_a_peak_stays_and_is_the_process_own():
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, PROGRAM], capture_output=True, text=True, check=True, timeout=120
+    )
+    peaks = json.loads(done.stdout)
+    assert peaks["during"] >= peaks["block"] > peaks["before"]
+    assert peaks["after"] >= peaks["block"]  # the kernel's counters are exact to some pages only
+    if sys.platform == "linux":  # elsewhere there is no peak by memory map
+        assert peaks["of the child"] < peaks["block"]  # what its parent held before it started does not count
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_torchs_own_count():
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = peak_memory_bytes(device)
+    block = torch.empty(before + 8 * MIB, dtype=torch.uint8, device=device)
+    assert peak_memory_bytes(device) >= block.numel()
