@@ -113,7 +113,7 @@ class ClientStore:
     def drop_unknown(self, kept: Iterable[Mapping[int, int]]) -> None:
         """Delete all versions that none of the kept checkpoints needs; for one process, before a run is resumed."""
         needed = {pair for versions in kept for pair in versions.items()}
-        for folder in self._folder.glob("[0-9]*"):
+        for folder in (self._folder, *self._folder.glob("[0-9]*")):
             remove_unfinished(folder)
         for path in self._folder.glob("*/client_*_round_*.safetensors"):
             match = _NAME.fullmatch(path.name)

@@ -267,8 +267,9 @@ def _left_over(folder: Path) -> list[Path]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Names of what is not equal in two outcomes."""
-    return [name for name in one if one[name] != other[name]]
+    """Names of what is not equal in two outcomes; files are named."""
+    names = [name for name in one if one[name] != other[name]]
+    return [f"left over: {one[name]}" if name == "left over" else name for name in names]
 
 
 def state_after(round_index: int) -> ServerState:

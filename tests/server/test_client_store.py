@@ -31,6 +31,15 @@ def test_versions_are_kept_apart_and_read_back_exactly(tmp_path):
     assert (tmp_path / "clients" / "000123" / "client_123456_round_000003.safetensors").exists()
 
 
+def test_a_resumed_run_drops_what_was_half_written(tmp_path):
+    store = ClientStore(tmp_path)
+    store.save(1, 0, tensors(1.0))
+    for place in (tmp_path, tmp_path / "000000"):
+        (place / ".shared-0123abcd").write_text("of a process that was killed")
+    store.drop_unknown([{1: 0}])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == files(tmp_path)
+
+
 def test_a_damaged_or_exchanged_state_is_refused(tmp_path):
     """A flipped bit, another client's file, an older version: each a valid safetensors file."""
     store = ClientStore(tmp_path)
