@@ -16,7 +16,7 @@ on, this process reads its processes' /proc/PID/smaps_rollup and watches metrics
     own        of that, what belongs to the process alone and is written to (Private_Dirty)
     growth     own memory in the later half of the rounds against the earlier, of the process in which it grew most
 
-The first two rounds warm up and are not counted; nor is the memory of the last one, which writes the adapter. The
+The first two rounds warm up and are not counted; nor is the memory after the last one, when the adapter is written. The
 server's mathematics is shared out over the processes (aggregation.svd_placement=sharded), which changes no bits. With
 --limits, the exit status is 1 where memory grows by more than 3 %, where a large federation needs more than 1.1 times
 the memory of the smallest, or where more than 10 % of a round is not training. A table comes first, one JSON object is

@@ -15,6 +15,8 @@
 #   cut short by Slurm's preemption       requeues itself (it would else count as complete: it ended in the grace time)
 #   preempted, and the job asked for it   requeues itself (SIGUSR1: the time limit is near; or run.max_minutes is over);
 #                                         where no round was done since it started, that counts as a failure
+#   preempted by a SIGTERM to processes   like a failure, see below: nobody who means the job sends it to them alone, but Slurm
+#     alone, while the job runs on        does, late, to a node that comes back after it has failed
 #   preempted, otherwise                  leaves with 0: a person asked for it, as with `touch RUN/stop`
 #   failed by a mistake of the user       leaves with 2: the same mistake would be made again
 #   failed otherwise                      requeues itself while the failures in a row without a new checkpoint are at most
@@ -264,6 +266,11 @@ _fedsim_preempted() {
     [[ ! $job =~ [[:space:]]StartTime=([0-9][^[:space:]]*) || ! $preempted < ${BASH_REMATCH[1]} ]]
 }
 
+# Whether the job is to go on, as Slurm sees it: scancel changes that before any process hears of it.
+_fedsim_runs_on() {
+    [[ $(scontrol show job "$fedsim_job" 2>/dev/null) == *JobState=RUNNING* ]]
+}
+
 # A port that depends on the job, below those that the system hands out; the next ones where it is taken on this node.
 _fedsim_port() {
     local port=$((20000 + SLURM_JOB_ID % 10000)) tries
@@ -352,6 +359,10 @@ _fedsim_decide() {
     if [[ $status == preempted && (-n $fedsim_asked || $(_fedsim_field reason) == run.max_minutes) ]]; then
         [[ $(_fedsim_round) == "$fedsim_first_round" ]] || _fedsim_requeue 0 "it was asked to stop"
         fedsim_say "no round was done before it had to stop: is the time limit long enough?"
+        _fedsim_count_failure 75
+    fi
+    if [[ $status == preempted && $(_fedsim_field reason) == SIGTERM ]] && _fedsim_runs_on; then
+        fedsim_say "SIGTERM has reached processes, not this script: nobody has ended the job"
         _fedsim_count_failure 75
     fi
     if [[ $status == preempted ]]; then

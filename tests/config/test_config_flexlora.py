@@ -102,7 +102,7 @@ def test_settings_of_the_published_code(base, method):
 def check_common(config: Config) -> None:
     """Settings of the code that hold for every data set."""
     training, stopping = config.training, config.early_stopping
-    assert (config.run.rounds, config.run.seed) == (50, 42)
+    assert (config.run.rounds, config.run.seed, config.cohort.sampling) == (50, 42, "flexlora")
     assert (config.lora.lora_alpha, config.lora.dropout, config.lora.rank_scale) == (16.0, 0.05, 1.0)
     assert not config.lora.use_rslora
     assert (training.local_epochs, training.batch_size, training.gradient_accumulation_steps) == (1, 2, 2)

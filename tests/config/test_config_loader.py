@@ -163,7 +163,7 @@ def test_the_tree_is_written_in_its_order_and_read_back(tmp_path: Path) -> None:
         None,
         [
             "training.optimizer.eps=1e-08",
-            "comm.timeout_s=1e+20",
+            "training.max_grad_norm=1e+20",
             "tracking.wandb.tags=['off', '1e5', '010', 'null', 'a: b', '#', ' x ', \"two\\nlines\"]",
             "tracking.wandb.group='\\${run.name}'",
             "data.source='~/texts/*.jsonl'",

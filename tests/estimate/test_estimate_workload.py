@@ -246,6 +246,12 @@ class RecordingGroup:
         self.broadcasted += tensor.numel() * tensor.element_size()
         return self._group.broadcast(tensor, source)
 
+    def note(self, what: str) -> None:
+        self._group.note(what)
+
+    def note_part(self, part: str) -> None:
+        self._group.note_part(part)
+
     def close(self) -> None:
         self._group.close()
 

@@ -126,7 +126,10 @@ def job(tmp_path: Path) -> Job:
 
 
 USR1 = 'kill -USR1 "$batch"; until_asked; round 1; say preempted; exit 1'
-PREEMPTED = "JobId=4711 StartTime=2026-01-02T10:00:00 PreemptEligibleTime=2026-01-02T09:00:00 PreemptTime={} Restarts=1"
+PREEMPTED = (
+    "JobId=4711 JobState=RUNNING StartTime=2026-01-02T10:00:00 "
+    "PreemptEligibleTime=2026-01-02T09:00:00 PreemptTime={} Restarts=1"
+)
 
 TABLE = [
     # what the step does, what Slurm says of the job, exit code, whether it is requeued
@@ -135,6 +138,7 @@ TABLE = [
     ("stopped as the job asked", USR1, "", REQUEUED, True),
     ("stopped by run.max_minutes", "round 1; say preempted 'run.max_minutes=9: 8 ...'; exit 75", "", REQUEUED, True),
     ("stopped by a person", "say preempted; exit 75", "", 0, False),
+    ("SIGTERM to a process alone", "say preempted 'SIGTERM on rank 1, after round 4'; exit 75", "", REQUEUED, True),
     ("preempted by Slurm, stopped in time", "say preempted; exit 1", "2026-01-02T10:05:00", REQUEUED, True),
     ("preempted by Slurm, cut off", "say running; exit 143", "2026-01-02T10:05:00", REQUEUED, True),
     ("preempted in an earlier start, now by a person", "say preempted; exit 1", "2026-01-02T09:59:00", 0, False),
@@ -167,6 +171,14 @@ def test_the_job_decides_as_the_table_says(
 
     assert (ended.code, ended.requeues) == (code, ["4711"] if requeued else []), ended.text
     assert not [name for name in job.notes() if name.startswith("stop-")]
+
+
+def test_processes_hear_of_scancel_before_the_script_does(job: Job) -> None:
+    (job.fakes / "job.txt").write_text("JobId=4711 JobState=CANCELLED PreemptTime=None")
+
+    ended = job.start("say preempted 'SIGTERM, after round 4'; exit 75")
+
+    assert (ended.code, ended.requeues) == (0, []), ended.text
 
 
 def test_what_an_earlier_start_wrote_does_not_count(job: Job) -> None:

@@ -139,7 +139,9 @@ def three_rounds(
     options: dict | None = None,
 ) -> dict[str, list]:
     """Everything that must not depend on the number of processes, as exact bytes."""
-    folder = folder / f"{group.world_size}" if folder else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # the store makes its own folder in it, as in a run folder
+        folder = folder / f"{group.world_size}"
     run = make_run(group, strategy, 4, num_packs, packed, folder, ranks, **(options or {}))
     state = start_state(ranks)
     figures = []

@@ -73,7 +73,6 @@ class Job:
         Raises:
             AssertionError: it ends in another state or not in time; with the end of its log.
         """
-
         await_true(f"the end of job {self.name}", self._is_over, seconds, self.story)
         assert self.state == state, f"job {self.name} ended as {self.state}\n{self.story()}"
 

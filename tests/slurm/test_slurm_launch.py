@@ -54,14 +54,15 @@ def test_submit_status_logs_cancel(launcher: str, launch: Launch, cluster: Local
     run = work.runs / "one"
     (job,) = submitted(launch("submit", *words), cluster, run)
     job.await_rounds()
-    line = launch("status", str(run)).splitlines()[-1]
-    assert job.name in line
-    assert "RUNNING" in line
-    assert f"of {ROUNDS}" in line
-    assert "rank 0 INFO" in launch("logs", str(run), "--all")
-    with pytest.raises(ClusterError, match="has a job|in use"):
-        launch("submit", *words)
-    assert f"cancelled {job.name}" in launch("cancel", str(run))
+    with job.frozen():
+        line = launch("status", str(run)).splitlines()[-1]
+        assert job.name in line
+        assert "RUNNING" in line
+        assert f"of {ROUNDS}" in line
+        assert "rank 0 INFO" in launch("logs", str(run), "--all")
+        with pytest.raises(ClusterError, match="has a job|in use"):
+            launch("submit", *words)
+        assert f"cancelled {job.name}" in launch("cancel", str(run))
     job.wait("CANCELLED")
     assert job.restarts == 0
     (again,) = submitted(launch("submit", *words), cluster, run)
