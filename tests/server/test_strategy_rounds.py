@@ -89,6 +89,7 @@ def all_cases(group: Group, folder: Path) -> dict:
     }
 
 
+@pytest.mark.timeout(900)  # every strategy on two processes, twice: a minute alone, five on a busy machine
 def test_no_strategy_depends_on_the_number_of_processes_nor_on_where_it_aggregates(tmp_path):
     alone = {case: case_rounds(SoloGroup(), case, tmp_path, False) for case in CASES}
     for result in run_ranks(all_cases, 2, tmp_path, tmp_path, timeout_s=280.0):
