@@ -1,5 +1,6 @@
 """Settings for all tests: one thread, no network, a cache of their own."""
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -10,6 +11,7 @@ os.environ["TORCH_CPP_LOG_LEVEL"] = (
     "ERROR"  # as fedsim.main does, for the server that test processes are forked from
 )
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,16 @@ def refresh_golden(request: pytest.FixtureRequest) -> bool:
 def _cache_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests, and the tests' entries out of the user's cache."""
     os.environ["FEDSIM_CACHE"] = str(tmp_path_factory.mktemp("fedsim-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_this_test() -> Iterator[None]:
+    """What `fedsim.main` sets up on the logger of fedsim ends with the test."""
+    root = logging.getLogger("fedsim")
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
