@@ -23,15 +23,20 @@ def client_weights(reports: Sequence[ClientReport], kind: ClientWeights) -> tupl
     Raises:
         AggregationError: there is no report, or no weight is positive.
     """
-    counts = {
-        "examples": [report.num_examples for report in reports],
-        "tokens": [report.num_tokens for report in reports],
-        "uniform": [1 for _ in reports],
-    }[kind]
+    counts = client_counts(reports, kind)
     total = sum(counts)
     if total <= 0:
         raise AggregationError(f"client weights ({kind}) must have a positive sum, got {counts[:8]}")
     return tuple(count / total for count in counts)
+
+
+def client_counts(reports: Sequence[ClientReport], kind: ClientWeights) -> list[int]:
+    """n_k: examples, label tokens, or 1, in the order of `reports`."""
+    return {
+        "examples": [report.num_examples for report in reports],
+        "tokens": [report.num_tokens for report in reports],
+        "uniform": [1 for _ in reports],
+    }[kind]
 
 
 def average_factors(cohort: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:

@@ -22,7 +22,7 @@ class FedAvg:
 
     federation: Federation
     name: str = "fedavg"
-    traits: Traits = Traits(reduce="sum")
+    traits: Traits = Traits(reduce="sum", takes_mean=True)
 
     def sends(self, state: ServerState) -> Sides:  # noqa: ARG002
         """Both factors."""

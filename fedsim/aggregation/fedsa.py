@@ -36,7 +36,7 @@ class FedSaLora:
 
     federation: Federation
     name: str = "fedsa"
-    traits: Traits = Traits(reduce="sum", keeps_client_state=True, has_global_model=False)
+    traits: Traits = Traits(reduce="sum", takes_mean=True, keeps_client_state=True, has_global_model=False)
 
     def sends(self, state: ServerState) -> Sides:  # noqa: ARG002
         """A."""

@@ -25,7 +25,7 @@ class FfaLora:
 
     federation: Federation
     name: str = "ffa"
-    traits: Traits = Traits(reduce="sum")
+    traits: Traits = Traits(reduce="sum", takes_mean=True)
 
     def sends(self, state: ServerState) -> Sides:  # noqa: ARG002
         """B."""

@@ -10,12 +10,13 @@ from typing import final
 import torch
 from torch import Tensor
 
+from fedsim.aggregation.pack_sums import virtual_report
 from fedsim.aggregation.strategy import Aggregated, FactorStream, Federation, Strategy, Traits
 from fedsim.errors import AggregationError, ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.plan import Client, ClientPlan, Sides, Upload, absent
 from fedsim.lora.state import ServerState
-from fedsim.lora.updates import POOLED_CLIENT, ClientReport
+from fedsim.lora.updates import ClientReport
 from fedsim.seeding import torch_generator
 
 
@@ -99,8 +100,10 @@ class Private:
 
     @property
     def traits(self) -> Traits:
-        """Those of the wrapped strategy, but that clients have equal weights and a cohort may be empty."""
-        return replace(self.inner.traits, uses_client_weights=False, takes_empty_cohorts=True)
+        """Those of the wrapped strategy, but that clients are seen one by one, with equal weights, or not at all."""
+        return replace(
+            self.inner.traits, takes_mean=False, uses_client_weights=False, takes_empty_cohorts=True
+        )
 
     def sends(self, state: ServerState) -> Sides:
         """As the wrapped strategy."""
@@ -134,7 +137,7 @@ class Private:
         self, state: ServerState, reports: Sequence[ClientReport], factors: FactorStream
     ) -> Aggregated:
         """Give the wrapped strategy one virtual client that holds the noisy mean. Cohorts may be empty."""
-        virtual = [_virtual_report(state.adapter)]
+        virtual = [virtual_report(state.adapter)]
         return self.inner.aggregate(state, virtual, self._noisy_means(state, len(reports), factors))
 
     def export(self, state: ServerState, client: Client | None = None) -> AdapterState:
@@ -250,13 +253,3 @@ def _towards(start: AdapterState, end: AdapterState, sides: Sides, share: float)
             for module, factors in end.items()
         }
     )
-
-
-def _virtual_report(adapter: AdapterState) -> ClientReport:
-    """The report of the one client that the wrapped strategy sees: of weight 1, and otherwise empty."""
-    return ClientReport(
-        client_id=POOLED_CLIENT, num_examples=1, num_tokens=1,
-        lora_rank=max((factors.rank for factors in adapter.values()), default=0),
-        steps=0, train_loss_first=0.0, train_loss_last=0.0, train_loss_mean=0.0, trained_tokens=0,
-        trained_parameters=0, lr_sum=0.0, uplink_bytes=0, downlink_bytes=0, pack=0, process_rank=0, seconds=0.0,
-    )  # fmt: skip

@@ -29,7 +29,7 @@ class RoLora:
 
     federation: Federation
     name: str = "rolora"
-    traits: Traits = Traits(reduce="sum")
+    traits: Traits = Traits(reduce="sum", takes_mean=True)
 
     def sends(self, state: ServerState) -> Sides:
         """B in rounds of even index, else A."""

@@ -103,7 +103,13 @@ class SLoRA:
 
         That change also happens in a round without clients. Stage 1 has use for client weights in any case.
         """
-        return replace(self.then.traits, reduce="stack", takes_empty_cohorts=True, uses_client_weights=True)
+        return replace(
+            self.then.traits,
+            reduce="stack",
+            takes_mean=False,
+            takes_empty_cohorts=True,
+            uses_client_weights=True,
+        )
 
     def sends(self, state: ServerState) -> Sides:
         """In stage 1 the values, which travel as A."""

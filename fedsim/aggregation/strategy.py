@@ -28,6 +28,9 @@ class Traits:
     Attributes:
         reduce: "sum" if the next adapter depends on the updates only through their mean, sum_k p_k x_k, factor by
             factor; then a server optimizer or differential privacy may stand around the strategy. Else "stack".
+        takes_mean: `aggregate` may be given the mean of the cohort in place of its clients: one virtual client (see
+            `fedsim.aggregation.pack_sums`). Each process then adds up its clients' factors pack by pack, and only the
+            sums travel. Implies one LoRA rank, and weights as `aggregation.client_weights` says.
         mixed_ranks: clients may have different LoRA ranks.
         changes_base: `aggregate` may return a `base_update`.
         keeps_client_state: `upload` may return a `client_state`.
@@ -39,6 +42,7 @@ class Traits:
     """
 
     reduce: Literal["sum", "stack"]
+    takes_mean: bool = False
     mixed_ranks: bool = False
     changes_base: bool = False
     keeps_client_state: bool = False
@@ -153,7 +157,7 @@ class Strategy(Protocol):
         Args:
             state: before the round.
             reports: K reports in client_id order.
-            factors: the same K clients' uploads, streamed module by module.
+            factors: the same K clients' uploads, streamed module by module, in any order of the modules.
 
         Raises:
             AggregationError: the updates cannot be combined.

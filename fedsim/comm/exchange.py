@@ -4,7 +4,8 @@ Shapes: K clients in the cohort; of module m, client k has A (r_km, i_m) and B (
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from fedsim.errors import AggregationError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.plan import BOTH, Side, Sides, absent
 from fedsim.lora.state import ServerState
-from fedsim.lora.updates import ClientReport, ClientUpdate
+from fedsim.lora.updates import ClientReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,14 @@ def flatten(factors: LoraFactors, sides: Sides = BOTH) -> Tensor:
     return torch.cat(parts) if parts else factors.A.new_empty(0)
 
 
-def gather_reports(group: Group, updates: Sequence[ClientUpdate]) -> tuple[ClientReport, ...]:
+def gather_reports(group: Group, mine: Sequence[ClientReport]) -> tuple[ClientReport, ...]:
     """The reports of the whole cohort, in client_id order, on every rank.
 
     Raises:
         AggregationError: a client was trained twice.
     """
     group.note_part("gathering the reports")
-    everywhere = group.gather_objects([update.report for update in updates])
+    everywhere = group.gather_objects(list(mine))
     reports = sorted((report for part in everywhere for report in part), key=lambda report: report.client_id)
     ids = [report.client_id for report in reports]
     if len(set(ids)) < len(ids):
@@ -80,69 +81,111 @@ def gather_reports(group: Group, updates: Sequence[ClientUpdate]) -> tuple[Clien
 
 
 def gather_stacks(
-    group: Group, updates: Sequence[ClientUpdate], modules: Sequence[str], sides: Sides = BOTH
+    group: Group,
+    adapters: Mapping[int, AdapterState],
+    owners: Mapping[str, int],
+    sides: Sides = BOTH,
 ) -> Iterator[tuple[str, tuple[LoraFactors, ...]]]:
-    """All-gather the cohort's factors, one module at a time: a rank never holds more than one module's stack.
+    """Send the factors of each module to the rank that owns it, one module after another.
 
-    Each item is one collective, so every rank must consume the whole stream.
+    Each module is one collective, so every rank must consume the whole stream. While an owner works on what it got, the
+    next `AHEAD` modules for every owner are already on their way; a rank never holds more than these, and the one it
+    works on.
 
     Args:
         group: the processes.
-        updates: this rank's clients, any number, none included.
-        modules: of every client's adapter, in order; they are in the stream even if there is no client.
+        adapters: what this rank sends, by number: client_id, or whatever decides the order; none is fine.
+        owners: module -> rank that gets it, for the modules of every adapter, in the order in which they travel.
         sides: factors that travel; the others are `absent` in the stream.
 
     Yields:
-        (module, factors of all K clients in client_id order), on the group's device.
+        (module, factors of all K adapters in the order of their numbers), on the group's device, for the modules that
+        this rank owns; they are in the stream even if nobody sends anything.
 
     Raises:
-        AggregationError: clients disagree about the modules or dtypes.
+        AggregationError: adapters disagree about the modules or dtypes, or two have one number.
     """
-    mine = {
-        update.report.client_id: {
-            module: FactorsShape.of(factors) for module, factors in update.adapter.items()
-        }
-        for update in updates
-    }
+    mine = {number: _shapes(adapter) for number, adapter in adapters.items()}
     by_rank: list[dict[int, dict[str, FactorsShape]]] = group.gather_objects(mine)
     shapes = [shape for part in by_rank for shape in part.values()]
-    if any(list(shape) != list(modules) for shape in shapes):
-        raise AggregationError("all clients of a round must train the same modules in the same order")
+    if any(shape.keys() != owners.keys() for shape in shapes):
+        raise AggregationError("all clients of a round must train the same modules")
     if len({shape.dtype for client in shapes for shape in client.values()}) > 1:
         raise AggregationError("all clients of a round must hold factors of one dtype")
-    adapters = {update.report.client_id: update.adapter for update in updates}
-    for module in modules:
-        yield module, _gather_module(group, module, adapters, by_rank, sides) if shapes else ()
+    if len({number for part in by_rank for number in part}) < len(shapes):
+        raise AggregationError("what two processes send for a round must not have one number")
+    under_way: deque[tuple[str, Callable[[], tuple[LoraFactors, ...]]]] = deque()
+    limit = AHEAD * len(set(owners.values()))
+    for module, owner in owners.items():
+        under_way.append((module, _start_module(group, module, owner, adapters, by_rank, sides)))
+        if len(under_way) > limit:
+            yield from _arrived(group, owners, *under_way.popleft())
+    while under_way:
+        yield from _arrived(group, owners, *under_way.popleft())
 
 
-def _gather_module(
+AHEAD = 2
+"""Modules for each owner that travel while it works on another one."""
+
+
+def _arrived(
+    group: Group, owners: Mapping[str, int], module: str, finish: Callable[[], tuple[LoraFactors, ...]]
+) -> Iterator[tuple[str, tuple[LoraFactors, ...]]]:
+    """Wait for a module; it is an item of the stream on its owner only."""
+    group.note_part(f"gathering the factors of {module}")
+    cohort = finish()
+    if owners[module] == group.rank:
+        yield module, cohort
+
+
+def _start_module(
     group: Group,
     module: str,
+    owner: int,
     adapters: Mapping[int, AdapterState],
     by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]],
     sides: Sides,
-) -> tuple[LoraFactors, ...]:
-    """One module's factors of all clients, in client_id order. Each rank sends one buffer, padded to the longest."""
+) -> Callable[[], tuple[LoraFactors, ...]]:
+    """Begin to send one module to its owner, each rank one buffer, padded to the longest.
+
+    Returns:
+        Waits for it; the factors in the order of their numbers on the owner, nothing elsewhere.
+    """
     lengths = [sum(shapes[module].num_values(sides) for shapes in part.values()) for part in by_rank]
-    dtype = next(shapes[module].dtype for part in by_rank for shapes in part.values())
-    buffer = torch.zeros(max(lengths), dtype=dtype, device=group.device)
-    position = 0
-    for client in by_rank[group.rank]:
-        flat = flatten(adapters[client][module], sides)
-        buffer[position : position + flat.numel()] = flat
-        position += flat.numel()
-    group.note_part(f"gathering the factors of {module}")
-    # nothing travels: an empty buffer is not worth a collective, and every rank knows
-    everywhere = group.all_gather(buffer) if max(lengths) else [buffer] * group.world_size
+    if not max(lengths):  # nothing travels: an empty buffer is not worth a collective, and every rank knows
+        empty = torch.empty(0, dtype=_dtype(module, by_rank), device=group.device)
+        return lambda: _unpacked(module, by_rank, [empty] * group.world_size, sides)
+    parts = [
+        getattr(adapters[number][module], side).reshape(-1).to(group.device)
+        for number in by_rank[group.rank]
+        for side in sorted(sides)
+    ]
+    padding = max(lengths) - lengths[group.rank]
+    buffer = torch.cat([*parts, torch.zeros(padding, dtype=_dtype(module, by_rank), device=group.device)])
+    finish = group.start_gather(buffer, owner)
+    return lambda: _unpacked(module, by_rank, finish(), sides)
+
+
+def _dtype(module: str, by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]]) -> torch.dtype:
+    found = (shapes[module].dtype for part in by_rank for shapes in part.values())
+    return next(found, torch.float32)
+
+
+def _unpacked(
+    module: str,
+    by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]],
+    everywhere: Sequence[Tensor],
+    sides: Sides,
+) -> tuple[LoraFactors, ...]:
+    """The factors that lie in the buffers of all ranks, in the order of their numbers; none without buffers."""
     received: dict[int, LoraFactors] = {}
-    for part, data in zip(by_rank, everywhere, strict=True):
+    for part, data in zip(by_rank, everywhere, strict=False):
         position = 0
-        for client, shapes in part.items():
-            shape = shapes[module]
-            end = position + shape.num_values(sides)
-            received[client] = shape.unflatten(data[position:end], sides)
+        for number, shapes in part.items():
+            end = position + shapes[module].num_values(sides)
+            received[number] = shapes[module].unflatten(data[position:end], sides)
             position = end
-    return tuple(received[client] for client in sorted(received))
+    return tuple(received[number] for number in sorted(received))
 
 
 def broadcast_adapter(group: Group, adapter: AdapterState | None) -> AdapterState:

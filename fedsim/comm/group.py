@@ -52,6 +52,15 @@ class Group(Protocol):
         """Every rank's tensor, in rank order; all of one shape and dtype."""
         ...
 
+    def start_gather(self, tensor: Tensor, root: int) -> Callable[[], list[Tensor]]:
+        """Begin to send every rank's tensor to one rank; all of one shape and dtype. Several may be under way.
+
+        Returns:
+            A function that waits for the end of it, to be called once: on rank `root` every rank's tensor, in rank
+            order; elsewhere nothing. Ends are awaited in the order of the beginnings.
+        """
+        ...
+
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Rank `source`'s tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
         ...
@@ -95,6 +104,10 @@ class SoloGroup:
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """[tensor]."""
         return [tensor]
+
+    def start_gather(self, tensor: Tensor, root: int) -> Callable[[], list[Tensor]]:  # noqa: ARG002
+        """[tensor]."""
+        return lambda: [tensor]
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:  # noqa: ARG002
         """The tensor itself."""
@@ -159,6 +172,19 @@ class TorchGroup:
         with self._exchange():
             dist.all_gather(received, tensor)
         return received
+
+    def start_gather(self, tensor: Tensor, root: int) -> Callable[[], list[Tensor]]:
+        """See `Group`."""
+        received = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == root else []
+        with self._exchange():
+            work = dist.gather(tensor, received or None, dst=root, async_op=True)
+
+        def finish() -> list[Tensor]:
+            with self._exchange():
+                work.wait()
+            return received
+
+        return finish
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Group`."""

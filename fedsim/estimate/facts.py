@@ -40,6 +40,7 @@ from fedsim.lora.factors import AdapterState
 from fedsim.lora.plan import BOTH, ClientPlan
 from fedsim.lora.state import ServerState
 from fedsim.lora.svd import route_seconds
+from fedsim.server.aggregation import share_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,28 @@ class Facts:
 
     def traffic(self, load: RoundLoad) -> Traffic:
         """The exchange of a round."""
-        tiers = self.workload.tiers
+        strategy, tiers = self.workload.strategy, self.workload.tiers
+        global_ranks = {module: factors.rank for module, factors in self.adapter.items()}
+        sums = strategy.traits.takes_mean
         return round_traffic(
             self.targets,
-            [[tiers.lora_ranks(client, load.round_index) for client in rank.clients] for rank in load.ranks],
-            self.workload.strategy.sends(ServerState(load.round_index, self.adapter)),
-            {module: factors.rank for module, factors in self.adapter.items()},
+            [
+                [global_ranks] * rank.num_packs
+                if sums
+                else [tiers.lora_ranks(client, load.round_index) for client in rank.clients]
+                for rank in load.ranks
+            ],
+            strategy.sends(ServerState(load.round_index, self.adapter)),
+            global_ranks,
             self.factor_bytes,
+            share_out(self.adapter, self._num_owners),
+            torch.float64.itemsize if sums else None,
         )
+
+    @property
+    def _num_owners(self) -> int:
+        """Processes that aggregate."""
+        return self.device.world_size if self.settings.sharded else 1
 
     def memory(self, rss: int, traffic: Sequence[Traffic]) -> Memory:
         """Bytes of the process that needs most."""
@@ -159,6 +174,7 @@ class Facts:
                 max((one.module_bytes for one in traffic), key=sum),
                 max((one.longest_shares for one in traffic), key=sum),
                 self.device.world_size,
+                self._num_owners,
             ),
         }
         batches = self.settings.answer_batches
@@ -381,4 +397,4 @@ class Facts:
             if rows:
                 count = min(self.adapter[module].rank, rows, i, o)
                 seconds += min(route_seconds(o, i, rows, count).values())
-        return seconds / (self.device.world_size if self.settings.sharded else 1)
+        return seconds / self._num_owners

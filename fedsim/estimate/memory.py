@@ -6,6 +6,7 @@ Letters: R = rank rows of all slots, W = width of a row = sum over adapted modul
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedsim.comm.exchange import AHEAD
 from fedsim.estimate.trace import ModelCosts
 from fedsim.models.head import LOGITS_BUDGET_BYTES
 
@@ -163,18 +164,21 @@ def answers(costs: ModelCosts, batch_tokens: int, sequences: int, half: bool, ge
     )
 
 
-def exchange(module_bytes: Sequence[int], longest_shares: Sequence[int], world_size: int) -> Phase:
-    """The factors of one module at a time: what comes in, from every rank as long as the longest.
+def exchange(
+    module_bytes: Sequence[int], longest_shares: Sequence[int], world_size: int, num_owners: int
+) -> Phase:
+    """The factors of the modules that travel at a time: what comes in, from every rank as long as the longest.
 
     Args:
-        module_bytes: of each module, the whole cohort's factors.
+        module_bytes: of each module, all that is sent.
         longest_shares: of each module, the bytes of the rank with most.
         world_size: number of processes.
+        num_owners: processes that aggregate.
     """
-    received = max((longest * world_size + longest for longest in longest_shares), default=0)
+    under_way = sum(sorted(longest_shares, reverse=True)[: AHEAD + 1])
     # the decomposition's float64 stack of a float32 cohort, and as much again in between
     stack = 4 * max(module_bytes, default=0)
-    return Phase({"gathered factors of one module": received, "aggregation": stack})
+    return Phase({"factors on their way": under_way * (world_size + num_owners), "aggregation": stack})
 
 
 def slots_that_fit(

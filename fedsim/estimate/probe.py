@@ -21,7 +21,7 @@ from fedsim.estimate.workload import Work, Workload
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.plan import Client, ClientPlan
 from fedsim.lora.state import ServerState
-from fedsim.lora.updates import ClientUpdate
+from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.models.base import build_base
 from fedsim.server.build import build_run
 from fedsim.server.checkpoint import save_checkpoint
@@ -220,15 +220,17 @@ class _Probe:
         """Seconds of the exchange and aggregation of the cohort, and of writing the result down."""
         run, group = self.run, self.run.group
         mine = place([pack.cost_tokens for pack in self.packs], group.world_size)[group.rank]
-        updates: list[ClientUpdate] = []
+        reports: list[ClientReport] = []
+        sent: dict[int, AdapterState] = {}
         with all_or_none(group, "probing the server"):
-            updates = [
-                self._update(job, self.packs[index].index) for index in mine for job in self.packs[index].jobs
-            ]
+            for pack in (self.packs[index] for index in mine):
+                updates = [self._update(job, pack.index) for job in pack.jobs]
+                reports += [update.report for update in updates]
+                sent |= run.aggregator.contribution(run.strategy, self.state, pack.index, updates)
         group.gather_objects(None)  # all start together
         began = time.perf_counter()
-        reports = gather_reports(group, updates)
-        aggregated, _ = run.aggregator.aggregate(group, run.strategy, self.state, reports, updates)
+        everybody = gather_reports(group, reports)
+        aggregated, _ = run.aggregator.aggregate(group, run.strategy, self.state, everybody, sent)
         with all_or_none(group, "probing the update of the base"):
             if aggregated.state.base_update is not None:
                 run.base.apply(aggregated.state.base_update)

@@ -29,8 +29,8 @@ class Amounts:
         test_flops: tests of a round that is evaluated.
         idle_share: of the processes' time in local training.
         occupancy: of the slots.
-        gathered_bytes: that the process with most puts into the all-gathers.
-        received_bytes: that each process gets out of them.
+        gathered_bytes: of factors, or of sums of them, that each process sends.
+        received_bytes: of these, that the process with most gets.
         broadcast_bytes: that each process gets from rank 0.
     """
 
@@ -250,8 +250,8 @@ class Estimate:
         if self.world_size == 1:
             return "nothing is exchanged by one process"
         return (
-            f"{a.gathered_bytes:,.0f} sent and {a.received_bytes:,.0f} received by a process in the gather of a round, "
-            f"{a.broadcast_bytes:,.0f} in the broadcast"
+            f"{a.gathered_bytes:,.0f} sent by each process and {a.received_bytes:,.0f} received by the one that gets "
+            f"most in the gather of a round, {a.broadcast_bytes:,.0f} in the broadcast"
         )
 
     def _time(self) -> str:

@@ -118,12 +118,14 @@ class RankLoad:
 
     Attributes:
         clients: client ids that it trains.
+        num_packs: packs that they are in.
         train: local training.
         client_tests: tests of these clients before and after.
         global_test: its share of the global test.
     """
 
     clients: tuple[int, ...]
+    num_packs: int
     train: Work
     client_tests: Work
     global_test: Work
@@ -216,6 +218,7 @@ class Workload:
             tuple(
                 RankLoad(
                     tuple(client for index in mine for client in trained[index].clients),
+                    len(mine),
                     total([trained[index].work for index in mine]),
                     self._client_tests([packs[index] for index in mine], round_index),
                     share,

@@ -98,6 +98,7 @@ def build_run(
         aggregator=Aggregator(
             group.device if config.aggregation.svd_device == "cuda" else torch.device("cpu"),
             config.aggregation.svd_placement == "sharded",
+            config.aggregation.client_weights,
         ),
         tiers=tiers,
         store=ClientStore(local_path(config.run.output_dir) / config.run.name / CLIENTS),

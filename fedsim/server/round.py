@@ -234,11 +234,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         trained_at = time.perf_counter()
 
     run.watch.phase("aggregating")
-    clients = _with_clock(gather_reports(run.group, trained.updates), turnout)
+    clients = _with_clock(gather_reports(run.group, trained.reports), turnout)
     held = peak_memory_bytes(run.group.device)
     told = run.group.gather_objects((trained_at - started, held, trained.figures()))
     gathering = time.perf_counter()
-    aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.updates)
+    aggregated, gather_s = run.aggregator.aggregate(run.group, run.strategy, state, clients, trained.sent)
     next_state = _with_versions(run, state, aggregated.state, [figures.wrote_state for *_, figures in told])
     if turnout is not None and turnout.round_s is not None:
         next_state = replace(next_state, simulated_s=state.simulated_s + turnout.round_s)
@@ -362,9 +362,10 @@ class _Figures:
 
 @dataclass(slots=True)
 class _Trained:
-    """What this rank did in local training: its clients' uploads, and what happened to them on the way."""
+    """What this rank did in local training: what its clients send, and what happened to it on the way."""
 
-    updates: list[ClientUpdate] = field(default_factory=list)
+    reports: list[ClientReport] = field(default_factory=list)
+    sent: dict[int, AdapterState] = field(default_factory=dict)
     wrote_state: list[int] = field(default_factory=list)
     num_clipped: int = 0
     num_corrupted: int = 0
@@ -390,13 +391,16 @@ def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Traine
         trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
         if tested and trained:
             trained = _with_test_losses(run, plans, trained)
+        uploads = []
         for update in trained:
             client_id = update.report.client_id
             taken = _screened(run, plans[client_id].start, update, state.round_index, done)
             if taken is not None:
-                _upload(state, run, clients[client_id], plans[client_id], taken, done)
-        tokens = sum(update.report.trained_tokens for update in done.updates)
-        run.watch.clients_done(len(done.updates), num_clients, tokens)
+                uploads.append(_upload(state, run, clients[client_id], plans[client_id], taken, done))
+        done.reports += [upload.report for upload in uploads]
+        done.sent |= run.aggregator.contribution(run.strategy, state, pack.index, uploads)
+        tokens = sum(report.trained_tokens for report in done.reports)
+        run.watch.clients_done(len(done.reports), num_clients, tokens)
     return done
 
 
@@ -417,8 +421,8 @@ def _screened(
 
 def _upload(
     state: ServerState, run: Run, client: Client, plan: ClientPlan, update: ClientUpdate, done: _Trained
-) -> None:
-    """Put what a client returns into `done`, and what stays with it into the store."""
+) -> ClientUpdate:
+    """What a client returns; what stays with it goes into the store."""
     upload = run.strategy.upload(state, client, plan, update.adapter, update.report)
     uplink_bytes = upload.uplink_bytes
     if uplink_bytes is None:
@@ -426,7 +430,7 @@ def _upload(
     if upload.client_state is not None:
         run.store.save(client.client_id, state.round_index, upload.client_state)
         done.wrote_state.append(client.client_id)
-    done.updates.append(ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), upload.adapter))
+    return ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), upload.adapter)
 
 
 def _with_versions(

@@ -1,8 +1,12 @@
 """Gathering and broadcasting between real gloo processes."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
+from fedsim.comm import exchange
 from fedsim.comm.agree import all_or_none, consume_stream, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import (
     broadcast_adapter,
@@ -32,6 +36,9 @@ CLIENTS = (7, 3, 11, 0, 5)
 MODULES = ("b", "a")
 
 
+TO_ROOT = dict.fromkeys(MODULES, 0)
+
+
 def update(client_id: int) -> ClientUpdate:
     """An update whose LoRA rank differs from client to client and from module to module."""
     generator = torch.Generator().manual_seed(client_id)
@@ -45,31 +52,61 @@ def update(client_id: int) -> ClientUpdate:
     return ClientUpdate(make_report(client_id, 1), AdapterState(modules))
 
 
+def adapters_of(group: Group) -> dict[int, AdapterState]:
+    """What a rank's clients send."""
+    return {client: update(client).adapter for client in CLIENTS[group.rank :: group.world_size]}
+
+
 def gather_all(group: Group) -> tuple[list[int], list]:
-    mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
-    reports = gather_reports(group, mine)
+    mine = adapters_of(group)
+    reports = gather_reports(group, [make_report(client, 1) for client in mine])
+    owners = {module: place % group.world_size for place, module in enumerate(MODULES)}
     stacks = [
         (module, [(f.A.tolist(), f.B.tolist(), f.scaling) for f in cohort])
-        for module, cohort in gather_stacks(group, mine, MODULES)
+        for module, cohort in gather_stacks(group, mine, owners)
     ]
     return [report.client_id for report in reports], stacks
 
 
 @pytest.mark.parametrize("world_size", [2, 7])
-def test_stacks_are_in_client_order_on_every_rank_whatever_the_world_size(world_size, tmp_path):
+def test_stacks_are_in_client_order_on_their_owners_whatever_the_world_size(world_size, tmp_path):
     ids, stacks = gather_all(SoloGroup())
     assert ids == sorted(CLIENTS)
-    assert [module for module, _ in stacks] == ["b", "a"]
-    for result in run_ranks(gather_all, world_size, tmp_path):
-        assert result == (ids, stacks)
+    assert [module for module, _ in stacks] == list(MODULES)
+    for rank, result in enumerate(run_ranks(gather_all, world_size, tmp_path)):
+        assert result == (ids, stacks[rank::world_size])
+
+
+def gather_with_a_busy_owner(group: Group, folder: Path, ahead: int) -> list[str]:
+    """Rank 0 works on its first module until rank 1 has had two of its own, or for a while."""
+    exchange.AHEAD = ahead
+    owners = {module: place % 2 for place, module in enumerate("abcdefgh")}
+    like = update(group.rank).adapter["a"]
+    seen = []
+    for module, _ in gather_stacks(group, {group.rank: AdapterState(dict.fromkeys(owners, like))}, owners):
+        seen.append(module)
+        (folder / module).touch()
+        for _ in range(100 if seen == ["a"] else 0):
+            if (folder / "d").exists():
+                seen.append("d was elsewhere")
+                break
+            time.sleep(0.02)
+    return seen
+
+
+@pytest.mark.parametrize("ahead", [2, 0])
+def test_modules_travel_on_while_an_owner_is_busy(ahead, tmp_path):
+    busy, other = run_ranks(gather_with_a_busy_owner, 2, tmp_path, tmp_path, ahead)
+    assert busy == ["a", *["d was elsewhere"] * (ahead > 0), "c", "e", "g"]
+    assert other == ["b", "d", "f", "h"]
 
 
 def gather_sides(group: Group) -> dict:
-    mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
+    mine = adapters_of(group)
     return {
         sides: [
             [(f.A.nan_to_num(nan=99.0).tolist(), f.B.nan_to_num(nan=99.0).tolist()) for f in cohort]
-            for _, cohort in gather_stacks(group, mine, MODULES, sides)
+            for _, cohort in gather_stacks(group, mine, TO_ROOT, sides)
         ]
         for sides in (ONLY_A, ONLY_B, NEITHER)
     }
@@ -77,8 +114,9 @@ def gather_sides(group: Group) -> dict:
 
 def test_sides_that_do_not_travel_arrive_as_nan(tmp_path):
     alone = gather_sides(SoloGroup())
-    for result in run_ranks(gather_sides, 2, tmp_path):
-        assert result == alone
+    root, other = run_ranks(gather_sides, 2, tmp_path)
+    assert root == alone
+    assert other == {sides: [] for sides in alone}
     clients = sorted(CLIENTS)
     for sides, (sent_a, sent_b) in {
         ONLY_A: (True, False),
@@ -93,7 +131,7 @@ def test_sides_that_do_not_travel_arrive_as_nan(tmp_path):
 
 
 def test_a_round_without_clients_still_has_all_modules():
-    assert list(gather_stacks(SoloGroup(), [], MODULES)) == [("b", ()), ("a", ())]
+    assert list(gather_stacks(SoloGroup(), {}, TO_ROOT)) == [("b", ()), ("a", ())]
 
 
 def share_parts(group: Group) -> list:
@@ -144,8 +182,7 @@ def exercise_failures(group: Group) -> list[str]:
             next(stream)
             raise AggregationError("cannot average")
 
-        mine = [update(client) for client in CLIENTS[group.rank :: group.world_size]]
-        stream = gather_stacks(group, mine, MODULES)
+        stream = gather_stacks(group, adapters_of(group), TO_ROOT)
         consume_stream(group, "aggregation, round 0", stream, consume if group.rank == 0 else None)
 
     def unequal():
@@ -153,7 +190,7 @@ def exercise_failures(group: Group) -> list[str]:
 
     def doubled():
         try:
-            gather_reports(group, [update(3)])
+            gather_reports(group, [make_report(3)])
         except AggregationError as error:
             seen.append(str(error))
 

@@ -115,7 +115,7 @@ def test_all_rounds_are_looked_at_or_some_at_even_distances() -> None:
 
 
 def test_one_process_exchanges_nothing() -> None:
-    alone = round_traffic({"m": (4, 6)}, [[{"m": 2}]], BOTH, {"m": 2}, 4)
+    alone = round_traffic({"m": (4, 6)}, [[{"m": 2}]], BOTH, {"m": 2}, 4, {"m": 0})
 
     assert (alone.gathered_bytes, alone.received_bytes, alone.broadcast_bytes) == (0, 0, 0)
     assert alone.module_bytes == (2 * 10 * 4,)
@@ -123,8 +123,8 @@ def test_one_process_exchanges_nothing() -> None:
 
 def test_only_the_sides_that_travel_are_gathered() -> None:
     ranks = [[{"m": 2}, {"m": 3}], [{"m": 1}]]
-    both = round_traffic({"m": (4, 6)}, ranks, BOTH, {"m": 3}, 4)
-    b_alone = round_traffic({"m": (4, 6)}, ranks, ONLY_B, {"m": 3}, 4)
+    both = round_traffic({"m": (4, 6)}, ranks, BOTH, {"m": 3}, 4, {"m": 0})
+    b_alone = round_traffic({"m": (4, 6)}, ranks, ONLY_B, {"m": 3}, 4, {"m": 0})
 
     # the rank with most decides the length of everybody's buffer
     assert both.gathered_bytes == 5 * 10 * 4

@@ -18,7 +18,6 @@ from fedsim.evaluation.losses import LossEvaluator
 from fedsim.lora.initial import ScalingRule, initial_adapter
 from fedsim.lora.plan import BOTH, ClientPlan
 from fedsim.lora.state import ServerState
-from fedsim.lora.updates import ClientUpdate
 from fedsim.models.packing import PackedTokens
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel
@@ -26,7 +25,6 @@ from fedsim.models.targets import find_targets
 from fedsim.training import packed as packed_module
 from fedsim.training.packed import PackedTrainer
 from fedsim.training.packs import ClientJob, Pack
-from fedsim.training.reports import client_report
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 from tests.estimate.test_estimate_trace import costs_of
 from tests.helpers import make_store, random_texts, run_ranks, tiny_opt
@@ -236,11 +234,16 @@ class RecordingGroup:
     def broadcast_object(self, value: Any) -> Any:
         return self._group.broadcast_object(value)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        parts = self._group.all_gather(tensor)
+    def start_gather(self, tensor: Tensor, root: int) -> Any:
+        finish = self._group.start_gather(tensor, root)
         self.gathered += tensor.numel() * tensor.element_size()
-        self.received += sum(part.numel() * part.element_size() for part in parts)
-        return parts
+
+        def count() -> list[Tensor]:
+            parts = finish()
+            self.received += sum(part.numel() * part.element_size() for part in parts)
+            return parts
+
+        return count
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         self.broadcasted += tensor.numel() * tensor.element_size()
@@ -263,15 +266,12 @@ CLIENTS = ((0, 2, 3), (1, 4))
 
 def exchanged(group: Group) -> tuple[int, int, int]:
     """Exchange a round's factors and its result; bytes gathered, received and broadcast."""
-    store = make_store(random_texts(STORE_TEXTS))
-    everybody = jobs(store)
-    updates = []
-    for client in CLIENTS[group.rank]:
-        adapter = initial_adapter(TARGETS, dict.fromkeys(TARGETS, RANKS[client]), ScalingRule(16.0), 0)
-        report = client_report(everybody[client], ClientPlan(adapter), adapter, [1.0], 1, 0, group.rank, 1.0)
-        updates.append(ClientUpdate(report, adapter))
+    adapters = {
+        client: initial_adapter(TARGETS, dict.fromkeys(TARGETS, RANKS[client]), ScalingRule(16.0), 0)
+        for client in CLIENTS[group.rank]
+    }
     recording: Any = RecordingGroup(group)
-    for _ in gather_stacks(recording, updates, list(TARGETS)):
+    for _ in gather_stacks(recording, adapters, dict.fromkeys(TARGETS, 0)):
         pass
     start = ServerState(0, initial_adapter(TARGETS, dict.fromkeys(TARGETS, 3), ScalingRule(16.0), 0))
     new = initial_adapter(TARGETS, dict.fromkeys(TARGETS, 3), ScalingRule(16.0), 1)
@@ -281,10 +281,11 @@ def exchanged(group: Group) -> tuple[int, int, int]:
 
 def test_bytes_are_those_that_real_processes_exchange(tmp_path: Any) -> None:
     ranks = [[dict.fromkeys(TARGETS, RANKS[client]) for client in clients] for clients in CLIENTS]
-    expected = round_traffic(TARGETS, ranks, BOTH, dict.fromkeys(TARGETS, 3), 4)
+    expected = round_traffic(TARGETS, ranks, BOTH, dict.fromkeys(TARGETS, 3), 4, dict.fromkeys(TARGETS, 0))
 
-    for measured in run_ranks(exchanged, 2, tmp_path):
-        assert measured == (expected.gathered_bytes, expected.received_bytes, expected.broadcast_bytes)
+    for rank, measured in enumerate(run_ranks(exchanged, 2, tmp_path)):
+        received = expected.received_bytes if rank == 0 else 0
+        assert measured == (expected.gathered_bytes, received, expected.broadcast_bytes)
 
 
 def test_slots_that_are_planned_decide_the_memory() -> None:
