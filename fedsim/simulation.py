@@ -78,6 +78,7 @@ from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.rank_log import rank_log
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
+from fedsim.training.memory import FreeMemory
 
 logger = logging.getLogger(__name__)
 
@@ -362,6 +363,7 @@ def _run_rounds(
             progress.note(f"test loss before training: {initial_loss:.4f}")
         progress.start(config.run.name, state.round_index, run.rounds, run.cohort.size)
         stops.budget.rounds_begin()
+        free_memory = FreeMemory()
         while not run.is_over(state):
             round_index = state.round_index
             before = state
@@ -388,6 +390,7 @@ def _run_rounds(
                         records.writer.wait()
                     tracker.log_round(metrics)
                     progress.round_done(metrics)
+            free_memory.give_back()
             if asked is not None and not run.is_over(state):
                 raise Preempted(f"{asked}, after round {state.round_index} of {run.rounds}")
         with all_or_none(group, "writing the adapter"):

@@ -179,6 +179,8 @@ class ClientTable:
         pq.write_table(self._table, sink, compression="zstd", write_page_checksum=True)
         replace_file(self._path, sink.getvalue().to_pybytes())
         self._unwritten = False
+        del sink
+        pa.default_memory_pool().release_unused()
 
     def truncate(self, before_round: int) -> None:
         """Forget the rounds from `before_round` on, also on the disk."""

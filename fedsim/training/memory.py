@@ -1,7 +1,10 @@
 """Memory of this process."""
 
+import ctypes
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,3 +29,36 @@ def _peak_resident_bytes() -> int:
     except (OSError, ValueError):
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class FreeMemory:
+    """Gives memory that was freed back to the system from time to time.
+
+    The C library keeps what was freed for later, cut up by whatever is still in use between, so that a process whose
+    rounds differ a little in size holds more and more of it. Giving it back costs some page faults, hence not always.
+
+    Args:
+        period_s: between two times, at least.
+    """
+
+    def __init__(self, period_s: float = 20.0) -> None:
+        self._period_s = period_s
+        self._last_s = time.monotonic()
+        self._trim = _heap_trim()
+
+    def give_back(self) -> bool:
+        """Do it if it is time; whether it was done. Nothing where the C library has no such function."""
+        if self._trim is None or time.monotonic() - self._last_s < self._period_s:
+            return False
+        self._trim(0)
+        self._last_s = time.monotonic()
+        return True
+
+
+def _heap_trim() -> Callable[[int], int] | None:
+    """glibc's malloc_trim; None elsewhere."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return None
+    return trim

@@ -1,6 +1,7 @@
 """Peak memory of a process."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -46,3 +47,34 @@ def test_on_a_gpu_it_is_torchs_own_count():
     before = peak_memory_bytes(device)
     block = torch.empty(before + 8 * MIB, dtype=torch.uint8, device=device)
     assert peak_memory_bytes(device) >= block.numel()
+
+
+FREEING = """
+import json, os
+from fedsim.training.memory import FreeMemory
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+too_early = FreeMemory(period_s=1000.0).give_back()
+before = resident_bytes()
+blocks = [bytearray(b"x" * 20_000) for _ in range(5_000)]
+pin = bytearray(20_000)  # at the end of the heap, so that what lies before it stays with the C library
+del blocks
+kept = resident_bytes() - before
+done = FreeMemory(period_s=0.0).give_back()
+print(json.dumps({"too early": too_early, "kept": kept, "done": done, "left": resident_bytes() - before}))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the malloc_trim of glibc")
+def test_freed_memory_goes_back_to_the_system_when_it_is_time():
+    done = subprocess.run(
+        [sys.executable, "-c", FREEING], capture_output=True, text=True, check=True, timeout=120
+    )
+    seen = json.loads(done.stdout)
+    assert not seen["too early"]
+    assert seen["done"]
+    assert seen["kept"] > 50_000_000, "without it, the C library keeps what was freed"
+    assert seen["left"] < seen["kept"] / 4
