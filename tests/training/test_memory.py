@@ -76,5 +76,5 @@ def test_freed_memory_goes_back_to_the_system_when_it_is_time():
     seen = json.loads(done.stdout)
     assert not seen["too early"]
     assert seen["done"]
-    assert seen["kept"] > 50_000_000, "without it, the C library keeps what was freed"
+    assert seen["kept"] > 10_000_000, "without it, the C library keeps what was freed"
     assert seen["left"] < seen["kept"] / 4
