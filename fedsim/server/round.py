@@ -26,6 +26,7 @@ from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.server.early_stopping import StoppingRule, stopping_figures
+from fedsim.server.pack_costs import PackCosts
 from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import Tiers
 from fedsim.server.turnout import Participation, Turnout
@@ -116,6 +117,7 @@ class Run:
         stopping: when to stop before the last round; None for never.
         validation: the test of the global model before a round on its clients' own examples; None without it.
         watch: is told how the round goes on.
+        costs: what packs have cost so far.
     """
 
     group: Group
@@ -144,6 +146,7 @@ class Run:
     stopping: StoppingRule | None = None
     validation: Validation | None = None
     watch: Watch = field(default_factory=NoWatch)
+    costs: PackCosts = field(default_factory=PackCosts)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
@@ -217,7 +220,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
     round_index = state.round_index
     jobs, turnout = who_reports(run, state, round_jobs(run, round_index))
     packs = pack_cohort(jobs, run.num_packs)  # whatever the world size
-    mine = place([pack.cost_tokens for pack in packs], run.group.world_size)[run.group.rank]
+    mine = _placed(run, packs, round_index)
 
     validated: dict[str, float] = {}
     if run.validation is not None and run.evaluates(round_index):
@@ -235,6 +238,7 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
 
     run.watch.phase("aggregating")
     clients = _with_clock(gather_reports(run.group, trained.reports), turnout)
+    run.costs.learn(packs, clients)
     held = peak_memory_bytes(run.group.device)
     told = run.group.gather_objects((trained_at - started, held, trained.figures()))
     gathering = time.perf_counter()
@@ -284,6 +288,19 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         simulated_s=None if turnout is None or turnout.round_s is None else next_state.simulated_s,
         peak_memory_bytes=max(most for _, most, _ in told),
     )
+
+
+def _placed(run: Run, packs: Sequence[Pack], round_index: int) -> tuple[int, ...]:
+    """The packs that this rank trains, by what rank 0 expects of them: arithmetic may differ between nodes."""
+    if run.group.world_size == 1:
+        return tuple(range(len(packs)))
+    ranks = {
+        job.client_id: max(run.tiers.lora_ranks(job.client_id, round_index).values())
+        for pack in packs
+        for job in pack.jobs
+    }
+    costs = run.group.broadcast_object(run.costs.expected(packs, ranks))
+    return place(costs, run.group.world_size)[run.group.rank]
 
 
 def drawn_cohort(run: RoundInputs, round_index: int) -> tuple[int, ...]:
