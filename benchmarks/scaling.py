@@ -1,0 +1,486 @@
+"""Rounds a second, overhead and memory against processes, clients, cohort and LoRA rank, and what they say of more.
+
+    python benchmarks/scaling.py [--sections ranks clients cohort rank tiers long projection] [--quick] [--figures DIR]
+
+Every row is a run of its own, started by torchrun in a temporary folder, one thread a process, on the base of the quick
+start. Clients hold paragraphs of this Python's standard library; the number that a client holds is log-normal (sigma 1,
+median 4, from 3 to 40), one local epoch, FedAvg. While a run goes on, this process reads /proc/PID/smaps_rollup of the
+others and watches metrics.jsonl grow. The first two rounds warm up; the last one alone is evaluated; none of them is
+counted.
+
+    setup s    from the start of torchrun to the start of the first round, with a tokenized corpus in no cache
+    s/round    median wall time from one record to the next
+    clients/s, tokens/s   of that time; tokens are label tokens
+    outside    milliseconds for each client of a round that are neither local training nor waiting for the slowest
+               process: sampling, packing, gather, aggregation, records, checkpoint
+    idle       share of the processes' time in local training that they wait for the slowest, measured
+    by tokens  the same if a token took equally long everywhere
+    RSS, own   MiB a process, as in benchmarks/flexlora_scale.py; median over the counted rounds
+    growth     of own memory from the first counted round to the last, of the process in which it grew most
+
+With more processes than cores the processes share them: s/round then says nothing about as many cores, outside and
+memory still do. `projection` asks `--estimate` with the data sheet of an H100 for a round of the shape of
+OPT-125M on 8 nodes of 8 GPUs, and adds what was measured here on the host. Tables come first, one JSON object is the
+last line.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsim.tracking.environment import describe_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("ranks", "clients", "cohort", "rank", "tiers", "long", "projection")
+WARM_UP = 2
+MEDIAN_TEXTS, FEWEST_TEXTS, MOST_TEXTS, SIGMA = 4.0, 3, 40, 1.0
+SETTINGS = (
+    "data.partition.name=natural",
+    "data.partition.min_examples=1",
+    "data.test_fraction=0.02",
+    "data.client_test_fraction=0",
+    "data.client_field=client",
+    "evaluation.client_test=off",
+    "evaluation.every_rounds=100000",
+    "evaluation.max_test_examples=100",
+    "tracking.wandb.mode=disabled",
+    "tracking.progress=off",
+)
+TIERS = "lora.tiers=[{share: 0.8, rank: 2}, {share: 0.2, rank: 64}]"
+ALL_LINEAR = "lora.target_modules=[q_proj, k_proj, v_proj, out_proj, fc1, fc2]"
+HEADER = (
+    "          run  processes  clients  cohort  rank  setup s  s/round  clients/s  tokens/s  outside    idle  "
+    "by tokens  RSS MiB  own MiB   growth"
+)
+
+
+def main() -> int:
+    options = _parse()
+    environment = describe_environment(1, sys.argv)
+    print(
+        f"{environment['hardware']['cpu']}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n\n{HEADER}",
+        flush=True,
+    )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["FEDSIM_CACHE"] = str(folder / "cache")
+        _warm_up(folder)
+        for wanted in _runs(options):
+            row = _measure(folder, **wanted)
+            rows.append(row)
+            print(_line(row), flush=True)
+        fitted = _fit(rows)
+        projected = (
+            _project(folder, fitted, options.projected_clients) if "projection" in options.sections else None
+        )
+    for text in _conclusions(rows, fitted, projected):
+        print(text)
+    if options.figures is not None:
+        _draw(rows, options.figures)
+    print(
+        json.dumps(
+            {"benchmark": "scaling", **environment, "rows": rows, "fitted": fitted, "projected": projected}
+        )
+    )
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the clients, for a look at the program"
+    )
+    parser.add_argument("--processes", type=int, default=4, help="of all sections but ranks")
+    parser.add_argument(
+        "--rounds", type=int, default=6, help=f"of a run; the first {WARM_UP} and the last not counted"
+    )
+    parser.add_argument("--long-rounds", type=int, default=54)
+    parser.add_argument("--projected-clients", type=int, default=100_000)
+    parser.add_argument("--figures", type=Path, help="folder for the pictures")
+    options = parser.parse_args()
+    if options.rounds < WARM_UP + 3:
+        parser.error(f"--rounds must be at least {WARM_UP + 3}")
+    return options
+
+
+def _runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What to measure; runs that two sections share are measured once, in the first."""
+    less = 10 if options.quick else 1
+    common = {"processes": options.processes, "lora_rank": 2, "rounds": options.rounds, "more": ()}
+    seen = set()
+    for section, settings in (
+        *(("ranks", {"processes": count, "clients": 200, "cohort": 200}) for count in (1, 2, 4)),
+        *(("clients", {"clients": count, "cohort": 100}) for count in (100, 1_000, 10_000)),
+        *(("cohort", {"clients": 10_000, "cohort": count}) for count in (100, 300, 1_000)),
+        *(("rank", {"clients": 10_000, "cohort": 300, "lora_rank": rank}) for rank in (2, 8, 32)),
+        ("tiers", {"clients": 200, "cohort": 200, "more": ("strategy.name=flexlora", TIERS, ALL_LINEAR)}),
+        ("long", {"clients": 1_000, "cohort": 100, "rounds": options.long_rounds}),
+    ):
+        wanted = {"section": section, **common, **settings}
+        wanted["clients"], wanted["cohort"] = wanted["clients"] // less, wanted["cohort"] // less
+        key = tuple(value for name, value in wanted.items() if name != "section")
+        if section in options.sections and key not in seen:
+            seen.add(key)
+            yield wanted
+
+
+def _measure(
+    folder: Path,
+    section: str,
+    processes: int,
+    clients: int,
+    cohort: int,
+    lora_rank: int,
+    rounds: int,
+    more: Sequence[str],
+) -> dict[str, Any]:
+    name = f"{section}-{processes}-{clients}-{cohort}-{lora_rank}"
+    corpus = folder / f"clients-{clients}.jsonl"
+    if not corpus.exists():
+        _write_corpus(corpus, clients, MEDIAN_TEXTS)
+    keys = [
+        f"data.source={corpus}",
+        f"data.partition.num_clients={clients}",
+        f"cohort.size={cohort}",
+        f"lora.rank={lora_rank}",
+        f"run.rounds={rounds}",
+        f"run.output_dir={folder}",
+        f"run.name={name}",
+        "training.pack.num_packs=16",
+        *SETTINGS,
+        *more,
+    ]
+    load, began = os.getloadavg()[0], time.monotonic()
+    samples, arrivals = _watch(processes, keys, folder / name / "metrics.jsonl", folder / "output.txt")
+    records = [
+        json.loads(line)
+        for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    counted = range(WARM_UP, rounds - 1)
+    walls = [arrivals[index] - arrivals[index - 1] for index in counted]
+    wall = statistics.median(walls)
+    inside = [records[index]["time/train_s"] + records[index]["time/wait_s"] for index in counted]
+    return {
+        "section": section,
+        "processes": processes,
+        "clients": clients,
+        "cohort": cohort,
+        "lora_rank": lora_rank,
+        "load_before": load,
+        "setup_s": arrivals[0] - records[0]["time/round_s"] - began,
+        "round_s": wall,
+        "clients_per_s": cohort / wall,
+        "tokens_per_s": statistics.median(records[index]["train/tokens"] for index in counted) / wall,
+        "tokens": statistics.median(records[index]["train/tokens"] for index in counted),
+        "train_s": statistics.median(records[index]["time/train_s"] for index in counted),
+        "outside_ms": 1e3 * statistics.median(w - i for w, i in zip(walls, inside, strict=True)) / cohort,
+        "idle": statistics.median(records[index]["ranks/idle_share"] for index in counted),
+        "idle_by_tokens": _idle_by_tokens(folder / name / "clients.parquet", processes, counted),
+        **_memory(samples, counted),
+    }
+
+
+def _idle_by_tokens(path: Path, processes: int, rounds: range) -> float:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path).to_pydict()
+    shares = []
+    for round_index in rounds:
+        loads = np.zeros(processes)
+        for index, rank, tokens in zip(
+            table["round_index"], table["process_rank"], table["num_tokens"], strict=True
+        ):
+            if index == round_index:
+                loads[rank] += tokens  # one epoch: what is held is what is trained on
+        shares.append(1.0 - loads.mean() / loads.max())
+    return float(np.median(shares))
+
+
+def _watch(
+    processes: int, keys: Sequence[str], metrics: Path, output: Path
+) -> tuple[dict[int, dict[int, list[dict[str, float]]]], list[float]]:
+    """Run, and look at it: for records fifty times a second, at its memory five times.
+
+    Returns:
+        rounds done -> process -> its memory each time; and when the record of each round was there.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    samples: dict[int, dict[int, list[dict[str, float]]]] = {}
+    arrivals: list[float] = []
+    with output.open("wb") as stream:
+        run = subprocess.Popen(
+            [sys.executable, *torchrun, "-m", "fedsim.main", *keys],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        for look in itertools.count():
+            if run.poll() is not None:
+                break
+            done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+            arrivals += [time.monotonic()] * (done - len(arrivals))
+            for process in _children(run.pid) if look % 10 == 0 else ():
+                memory = _memory_of(process)
+                if memory:
+                    samples.setdefault(done, {}).setdefault(process, []).append(memory)
+            time.sleep(0.02)
+    if run.returncode != 0:
+        sys.exit(f"the run failed:\n{output.read_text(encoding='utf-8', errors='replace')}")
+    return samples, arrivals
+
+
+def _children(parent: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
+    except OSError:
+        return []
+    return [int(child) for child in text.split()]
+
+
+def _memory_of(process: int) -> dict[str, float]:
+    """In MiB; empty where the process has just ended."""
+    try:
+        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return {}
+    found = (line.split() for line in text.splitlines()[1:])
+    names = {"Rss:": "rss_mib", "Private_Dirty:": "own_mib"}
+    return {names[name]: int(value) / 1024 for name, value, *_ in found if name in names}
+
+
+def _memory(samples: dict[int, dict[int, list[dict[str, float]]]], counted: range) -> dict[str, float]:
+    """Medians in MiB over the counted rounds, and growth over them; a record is there once its round is done."""
+    rounds = [done for done in sorted(samples) if done in counted]
+    processes = set.intersection(*(set(samples[done]) for done in rounds))
+
+    def median(done: int, process: int, kind: str) -> float:
+        return statistics.median(one[kind] for one in samples[done][process])
+
+    def middle(kind: str) -> float:
+        return statistics.fmean(statistics.median(median(d, p, kind) for d in rounds) for p in processes)
+
+    growth = [
+        median(rounds[-1], process, "own_mib") / median(rounds[0], process, "own_mib") - 1.0
+        for process in processes
+    ]
+    return {"rss_mib": middle("rss_mib"), "own_mib": middle("own_mib"), "growth": max(growth)}
+
+
+def _warm_up(folder: Path) -> None:
+    """The embedded base, which is trained once, and what the operating system reads from the disk."""
+    corpus = folder / "warm-up.jsonl"
+    _write_corpus(corpus, 10, MEDIAN_TEXTS)
+    keys = [f"data.source={corpus}", "data.partition.num_clients=10", "run.rounds=1", "run.name=warm-up"]
+    _watch(2, [*keys, f"run.output_dir={folder}", *SETTINGS], folder / "none", folder / "output.txt")
+
+
+def _write_corpus(path: Path, clients: int, median: float) -> None:
+    """A text file with a column `client`; sizes are log-normal, the texts go round."""
+    texts = _paragraphs()
+    rng = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        place = 0
+        for client in range(clients):
+            size = min(MOST_TEXTS, max(FEWEST_TEXTS, round(median * rng.lognormvariate(0.0, SIGMA))))
+            for _ in range(size):
+                text = texts[place % len(texts)]
+                file.write(json.dumps({"client": f"client {client:06d}", "text": text}) + "\n")
+                place += 1
+
+
+def _paragraphs() -> list[str]:
+    """Paragraphs of 40 to 400 characters in the sources of the standard library."""
+    found: list[str] = []
+    for path in sorted(Path(os.__file__).parent.rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        found += [text for part in source.split("\n\n") if 40 < len(text := part.strip()) < 400]
+        if len(found) > 50_000:
+            break
+    return found
+
+
+def _fit(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Rates of the host, by least squares over runs of LoRA rank 2: seconds = fixed + per client * clients.
+
+    Of local training: processor seconds = per token * tokens + per client * clients, where the processes have a core
+    each; with more processes than cores, the cores' time.
+    """
+    plain = [row for row in rows if row["lora_rank"] == 2 and row["section"] not in ("tiers", "long")]
+    if len({row["cohort"] for row in plain}) < 2:
+        return {}
+    clients = np.array([row["cohort"] for row in plain], dtype=float)
+    outside = np.array([row["outside_ms"] * row["cohort"] / 1e3 for row in plain])
+    (fixed, serial), *_ = np.linalg.lstsq(np.stack([np.ones_like(clients), clients], 1), outside, rcond=None)
+    cores = os.cpu_count() or 1
+    training = np.array([row["train_s"] * min(row["processes"], cores) for row in plain])
+    tokens = np.array([row["tokens"] for row in plain], dtype=float)
+    (by_token, by_client), *_ = np.linalg.lstsq(np.stack([tokens, clients], 1), training, rcond=None)
+    return {
+        "outside_fixed_s": float(fixed),
+        "outside_s_per_client": float(serial),
+        "training_s_per_token": float(by_token),
+        "training_s_per_client": float(by_client),
+        "largest_error_outside_s": float(np.abs(fixed + serial * clients - outside).max()),
+        "largest_relative_error_training": float(
+            np.abs((by_token * tokens + by_client * clients) / training - 1).max()
+        ),
+    }
+
+
+def _project(folder: Path, fitted: dict[str, float], clients: int) -> dict[str, Any]:
+    """A round of OPT-125M's shape on 64 H100s, 5 % of the clients: the estimate's data sheet, and the host's share."""
+    corpus = folder / "projection.jsonl"
+    _write_corpus(corpus, clients, 1.0)
+    cohort, world_size = clients // 20, 64
+    result = folder / "estimate.json"
+    keys = [
+        f"data.source={corpus}",
+        f"data.partition.num_clients={clients}",
+        f"cohort.size={cohort}",
+        f"model.name_or_path={_opt_shape(folder / 'opt-125m')}",
+        "lora.rank=8",
+        "training.pack.num_packs=256",
+        "training.pack.max_slots=32",
+        "run.rounds=3",
+        *SETTINGS,
+    ]
+    began = time.monotonic()
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "fedsim.main", "--estimate", "--gpu", "h100"),
+            *("--processes", str(world_size), "--json", str(result), *keys),
+        ],
+        cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    estimate = json.loads(result.read_text(encoding="utf-8"))
+    host = {}
+    if fitted:
+        host = {
+            "outside_s": fitted["outside_fixed_s"] + fitted["outside_s_per_client"] * cohort,
+            "host_training_s": max(0.0, fitted["training_s_per_client"]) * cohort / world_size,
+        }
+    return {
+        "clients": clients,
+        "cohort": cohort,
+        "processes": world_size,
+        "estimate_took_s": time.monotonic() - began,
+        "tokens": estimate["round"]["tokens"],
+        "idle_by_tokens": estimate["round"]["idle_share"],
+        "gathered_mib": estimate["round"]["gathered_bytes"] / 2**20,
+        "memory_gib": estimate["memory"]["peak_bytes"] / 2**30,
+        "train_s": estimate["time"]["train_s"],
+        "server_s": estimate["time"]["server_s"],
+        **host,
+        "round_s": estimate["time"]["train_s"] + estimate["time"]["server_s"] + sum(host.values()),
+    }
+
+
+def _opt_shape(folder: Path) -> Path:
+    """The configuration of OPT-125M without weights, which an estimate does not need, and a tokenizer."""
+    from transformers import AutoTokenizer, OPTConfig
+
+    from fedsim.models.embedded import embedded_tokenizer_folder
+
+    OPTConfig(vocab_size=50272, dropout=0.0, eos_token_id=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_tokenizer_folder()).save_pretrained(folder)
+    return folder
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['section']:>13s} {row['processes']:10d} {row['clients']:8,d} {row['cohort']:7,d} {row['lora_rank']:5d} "
+        f"{row['setup_s']:8.1f} {row['round_s']:8.2f} {row['clients_per_s']:10.1f} {row['tokens_per_s']:9,.0f} "
+        f"{row['outside_ms']:5.2f} ms {row['idle']:7.1%} {row['idle_by_tokens']:10.1%} {row['rss_mib']:8.1f} "
+        f"{row['own_mib']:8.1f} {row['growth']:8.2%}"
+    )
+
+
+def _conclusions(
+    rows: Sequence[dict[str, Any]], fitted: dict[str, float], projected: dict[str, Any] | None
+) -> Iterator[str]:
+    yield ""
+    federations = {row["clients"]: row for row in rows if row["section"] == "clients"}
+    if len(federations) > 1:
+        few, many = min(federations), max(federations)
+        ratio = federations[many]["rss_mib"] / federations[few]["rss_mib"]
+        yield f"memory of a process with {many:,d} clients is {ratio:.3f} times that with {few:,d}"
+    if fitted:
+        yield (
+            f"outside training: {fitted['outside_fixed_s']:.3f} s a round and "
+            f"{1e3 * fitted['outside_s_per_client']:.2f} ms a client "
+            f"(largest error {fitted['largest_error_outside_s']:.3f} s)"
+        )
+        yield (
+            f"local training: {1e6 * fitted['training_s_per_token']:.1f} us a label token and "
+            f"{1e3 * fitted['training_s_per_client']:.2f} ms a client, of one core "
+            f"(largest error {fitted['largest_relative_error_training']:.0%})"
+        )
+    if projected is not None:
+        p = projected
+        yield (
+            f"projection, not measured: {p['clients']:,d} clients, {p['cohort']:,d} a round, OPT-125M's shape, LoRA "
+            f"rank 8, {p['processes']} H100: {p['round_s']:.2f} s a round = {p['train_s']:.2f} s training by the data "
+            f"sheet + {p['server_s']:.2f} s exchange and aggregation + {p.get('outside_s', 0):.2f} s records and "
+            f"packing + {p.get('host_training_s', 0):.2f} s handling of clients, at this machine's rates"
+        )
+
+
+def _draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Three panels: rounds a second against processes; overhead against cohort; memory against clients."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from fedsim.report.style import DPI, house_style, look
+
+    with house_style():
+        figure = Figure(figsize=(10.0, 3.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, 3)
+        for axes, section, x, y, labels in (
+            (panels[0], "ranks", "processes", "clients_per_s", ("processes", "clients a second")),
+            (
+                panels[1],
+                "cohort",
+                "cohort",
+                "outside_ms",
+                ("clients a round", "ms a client outside training"),
+            ),
+            (panels[2], "clients", "clients", "rss_mib", ("clients of the federation", "MiB a process")),
+        ):
+            shown = sorted(
+                (row for row in rows if row["section"] in (section, "clients" if section == "cohort" else section)
+                 and (section != "cohort" or row["clients"] >= 1_000)),
+                key=lambda row: row[x],
+            )  # fmt: skip
+            axes.plot([row[x] for row in shown], [row[y] for row in shown], **look(0))
+            axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
+            if section == "clients":
+                axes.set_xscale("log")
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / "scaling.png", dpi=DPI)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
