@@ -129,16 +129,18 @@ def _choose_base_modules(docstrings: list[Docstring]) -> set[str]:
 
 def _find_sources(folder: Path) -> list[Path]:
     sources = []
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if _module(folder, path) in sys.stdlib_module_names and not TEST_FOLDERS.intersection(parts):
-            sources.append(path)
+    for top in folder.iterdir() if folder.is_dir() else ():  # not into site-packages, which may hold far more
+        if top.name.removesuffix(".py") in sys.stdlib_module_names and top.name not in TEST_FOLDERS:
+            found = top.rglob("*.py") if top.is_dir() else [top] if top.suffix == ".py" else []
+            sources += [
+                path for path in found if not TEST_FOLDERS.intersection(path.relative_to(folder).parts)
+            ]
     if not sources:
         raise DataError(
             "data.source=embedded needs the source files of Python's standard library, and there are none in "
             f"{folder}; {REMEDY}"
         )
-    return sources
+    return sorted(sources)
 
 
 def _module(folder: Path, source: Path) -> str:
