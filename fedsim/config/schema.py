@@ -730,7 +730,7 @@ class AggregationConfig(Node):
     )
     svd_placement: Literal["root", "sharded"] = key(
         "root",
-        "root: rank 0 aggregates all modules, as the papers do; sharded: module i on rank i mod N, with equal bits",
+        "root: rank 0 aggregates all modules, as the papers do; sharded: each process some of them, with equal bits",
     )
     server_optimizer: ServerOptimizerConfig = Field(default_factory=ServerOptimizerConfig)
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
