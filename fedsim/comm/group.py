@@ -380,19 +380,21 @@ def join_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     meeting = MeetingPoint(init_method, rank, world_size)
-    store = meeting.wait_for_all(min(join_timeout_s, timeout_s))
     # NCCL ends the process without a word when the time is over, so it gets more of it than `TorchGroup` gives
     library_timeout_s = timeout_s + (2 * _PATIENCE_S if fitting == "nccl" else 0.0)
-    try:
-        dist.init_process_group(
-            fitting,
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=library_timeout_s),
-        )
-    except RuntimeError as error:  # the store could be reached, the other processes cannot
-        raise LostRankError(
-            f"{meeting.who} could not connect ({first_line(error)}); {NETWORK_HINT}"
-        ) from error
+    join_s = min(join_timeout_s, timeout_s)
+    with meeting.within(join_s):
+        store = meeting.wait_for_all(join_s)
+        try:
+            dist.init_process_group(
+                fitting,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=library_timeout_s),
+            )
+        except RuntimeError as error:  # the store could be reached, the other processes cannot
+            raise LostRankError(
+                f"{meeting.who} could not connect ({first_line(error)}); {NETWORK_HINT}"
+            ) from error
     return TorchGroup(device, Marks(meeting.connect, rank, world_size), timeout_s, asked_to_end)

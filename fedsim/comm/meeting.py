@@ -1,16 +1,26 @@
 """Where the processes of a run find each other: a key-value store at MASTER_ADDR:MASTER_PORT, or in a file."""
 
+import contextlib
+import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from fedsim.errors import ConfigError, LostRankError
 
+logger = logging.getLogger(__name__)
+
 NETWORK_HINT = (
     "check that the nodes reach each other, and over which interface: GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose "
     "one (names as in `ip addr`)"
 )
+
+PATIENCE_S = 10.0
+"""How much longer than its time limit a meeting may take before the process ends itself."""
 
 SHORT_S = 5.0
 """How long a look at the store may take when something is wrong already."""
@@ -43,12 +53,28 @@ class MeetingPoint:
         """The processes and the place, for messages."""
         return _who(self._rank, self._world_size)
 
+    @contextlib.contextmanager
+    def within(self, timeout_s: float) -> Iterator[None]:
+        """Around the whole meeting: it ends this process if the block takes `PATIENCE_S` longer than `timeout_s`.
+
+        The library's own limits hold for each of its attempts and steps, of which there are several, and its calls
+        cannot be interrupted from outside. The exit code is that of a `LostRankError`, whose text is logged.
+        """
+        timer = threading.Timer(timeout_s + PATIENCE_S, self._give_up, (timeout_s,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def wait_for_all(self, timeout_s: float) -> Store:
         """The store, as soon as every process has come.
 
         Raises:
             LostRankError: some have not come in time; names them.
         """
+        end_s = time.monotonic() + timeout_s
         try:
             store = self._open(timeout_s, may_hold=True)
         except (RuntimeError, ValueError) as error:
@@ -56,10 +82,10 @@ class MeetingPoint:
                 f"{self.who} could not reach it within {timeout_s:g} s ({first_line(error)}); start with torchrun, or "
                 f"all tasks with srun, and check that rank 0 has started; {NETWORK_HINT}"
             ) from error
-        keys = [f"joined/{rank}" for rank in range(self._world_size)]
+        keys = self._keys()
         store.set(keys[self._rank], "")
         try:
-            store.wait(keys, timedelta(seconds=timeout_s))
+            store.wait(keys, timedelta(seconds=max(1.0, end_s - time.monotonic())))
         except RuntimeError as error:
             raise LostRankError(
                 f"{self.who}, and {self._absent(store, keys)} after {timeout_s:g} s; check that they "
@@ -85,6 +111,28 @@ class MeetingPoint:
             wait_for_workers=False,
             multi_tenant=True,
         )
+
+    def _keys(self) -> list[str]:
+        """What each process writes when it comes."""
+        return [f"joined/{rank}" for rank in range(self._world_size)]
+
+    def _give_up(self, timeout_s: float) -> None:
+        """End this process from another thread than the one that waits."""
+        try:
+            store = self._open(SHORT_S, may_hold=False)
+            present = all(store.check([key]) for key in self._keys())
+            absent = "some process has ended since" if present else self._absent(store, self._keys())
+        except (RuntimeError, ValueError):
+            absent = "the store, which rank 0 or the launcher holds, cannot be reached"
+        logger.error(
+            "LostRankError: %s, and %s, after %g s; check that all have started and are alive, or set "
+            "comm.join_timeout_s; %s",
+            self.who,
+            absent,
+            timeout_s,
+            NETWORK_HINT,
+        )
+        os._exit(1)
 
     def _absent(self, store: Store, keys: list[str]) -> str:
         try:

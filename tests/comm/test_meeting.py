@@ -1,0 +1,103 @@
+"""Processes that die before all have met: the others end within the stated time, and say who is missing."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+JOIN_S, PATIENCE_S, SHORT_S = 4.0, 2.0, 1.0
+BOUND_S = JOIN_S + PATIENCE_S + 3 * SHORT_S
+"""The library tries a connection twice, each time for at most SHORT_S; a second for the end of the process."""
+
+PROGRAM = f"""
+import logging, os, signal, sys, time
+import torch
+from fedsim.comm import meeting
+from fedsim.comm.group import join_group
+from fedsim.errors import LostRankError
+
+meeting.PATIENCE_S, meeting.SHORT_S = {PATIENCE_S}, {SHORT_S}
+logging.basicConfig(level=logging.ERROR, format="%(message)s")
+rank, world_size, method, fate = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+if fate == "dies after joining":
+    meeting.MeetingPoint(method, rank, world_size).wait_for_all({JOIN_S})
+    os.kill(os.getpid(), signal.SIGKILL)
+if fate == "dies with the store":
+    store = meeting.MeetingPoint(method, rank, world_size)._open({JOIN_S}, may_hold=True)
+    store.wait(["joined/1"])
+    os.kill(os.getpid(), signal.SIGKILL)
+print("began", flush=True)
+try:
+    join_group(rank, world_size, torch.device("cpu"), "gloo", 1000.0, method, join_timeout_s={JOIN_S})
+except LostRankError as error:
+    print(f"LostRankError: {{error}}", file=sys.stderr)
+    sys.exit(1)
+sys.exit(0)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(rank: int, world_size: int, method: str, fate: str, port: int) -> "subprocess.Popen[str]":
+    launcher = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(rank), str(world_size), method, fate],
+        env={**os.environ, **launcher},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[int, str, float]:
+    """Exit code, what it said, and seconds since it began to join."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "began\n"
+    began = time.monotonic()
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said, time.monotonic() - began
+
+
+@pytest.mark.parametrize("store", ["file", "tcp"])
+def test_one_that_dies_between_joining_and_connecting(store: str, tmp_path: Path) -> None:
+    port = free_port()
+    method = f"file://{tmp_path / 'meet'}" if store == "file" else "env://"
+    other = start(1, 2, method, "dies after joining", port)
+    code, said, took_s = end_of(start(0, 2, method, "lives", port))
+    other.communicate(timeout=60)
+
+    assert code == 1, said
+    assert took_s < BOUND_S, "the library alone would wait for comm.timeout_s, which is 1000 s here"
+    assert "the 2 processes must find each other" in said
+    assert "comm.join_timeout_s" in said or "could not connect" in said, said
+
+
+def test_the_store_dies_with_the_rank_that_holds_it() -> None:
+    port = free_port()
+    holder = start(0, 3, "env://", "dies with the store", port)
+    code, said, took_s = end_of(start(1, 3, "env://", "lives", port))
+    holder.communicate(timeout=60)
+
+    assert code == 1, said
+    assert took_s < BOUND_S
+    assert "rank 0" in said
+
+
+def test_one_that_never_comes_is_named() -> None:
+    port = free_port()
+    code, said, took_s = end_of(start(0, 2, "env://", "lives", port))
+
+    assert code == 1, said
+    assert JOIN_S * 0.9 < took_s < BOUND_S
+    assert "rank 1 had not come" in said
