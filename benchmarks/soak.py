@@ -34,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fedsim.comm.meeting import PATIENCE_S, SHORT_S
 from fedsim.server.checkpoint import load_newest_checkpoint
 from tests.faults.harness import Injection, Started, differences, kill_while_writing, outcome, start
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
@@ -42,8 +43,8 @@ ROUNDS = 4
 TIMEOUT_S = 60.0
 """`comm.timeout_s` of the runs: no launcher ends the others here, so it may be what does."""
 
-HANG_S = TIMEOUT_S + 60.0
-"""Processes that have not ended by then hang."""
+HANG_S = TIMEOUT_S + PATIENCE_S + 2 * SHORT_S + 5.0
+"""Processes that have not ended by then hang: the time limit, what they themselves allow beyond it, and their end."""
 
 METHODS: dict[str, list[str]] = {
     "FedAvg": ["strategy.name=fedavg"],
@@ -228,7 +229,7 @@ def hurt(
             call,
             value=float(draw.uniform(0.0, 0.005)),
         ),
-        LEAVES: Injection("fedsim.comm.exchange:_gather_module", "exit", victim, 4 * call),
+        LEAVES: Injection("fedsim.comm.exchange:_start_module", "exit", victim, 4 * call),
     }
     started = start(command, world_size, folder, [injections[fault]] if fault in injections else [])
     if fault in injections:

@@ -55,6 +55,7 @@ from fedsim.server.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_newest_checkpoint,
+    prune_checkpoints,
     rounds_completed,
     saved_best,
 )
@@ -523,6 +524,7 @@ def _finish(
     """Export what was trained and close the records."""
     path = records.folder.path
     _settle_checkpoint(run, state, records)
+    prune_checkpoints(records.checkpoints, config.checkpoint.keep_last)  # a kill may have come before this
     exported = _exported(config, state, records)
     if run.strategy.traits.has_global_model:
         adapter = combine(run.strategy.export(exported), exported.base_update)

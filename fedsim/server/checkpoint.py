@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -94,9 +94,7 @@ def save_checkpoint(
         if make_folder:
             folder.mkdir(exist_ok=True)
         replace_folder(target, build)
-        kept = list_checkpoints(folder)[-keep_last:]
-        best = {known.rounds for path in kept if (known := saved_best(path)) is not None}
-        prune_checkpoints(folder, keep_last, best)
+        prune_checkpoints(folder, keep_last)
     except (OSError, RunFolderError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"cannot write the checkpoint {target}: {reason}") from error
@@ -133,14 +131,16 @@ def load_checkpoint(folder: Path, rounds: int) -> ServerState:
         ) from error
 
 
-def prune_checkpoints(folder: Path, keep_last: int, protected: Collection[int] = ()) -> None:
-    """Delete all checkpoints but the newest `keep_last`, and those after as many rounds as `protected` names.
+def prune_checkpoints(folder: Path, keep_last: int) -> None:
+    """Delete all checkpoints but the newest `keep_last`, and those of the best states that these know of.
 
     Raises:
         RunFolderError: one cannot be deleted.
     """
-    for path in list_checkpoints(folder)[:-keep_last]:
-        if rounds_completed(path) not in protected:
+    checkpoints = list_checkpoints(folder)
+    best = {known.rounds for path in checkpoints[-keep_last:] if (known := saved_best(path)) is not None}
+    for path in checkpoints[:-keep_last]:
+        if rounds_completed(path) not in best:
             remove_folder(path)
 
 

@@ -50,3 +50,16 @@ def test_a_run_goes_on_as_if_nothing_had_happened(
     assert program.run(*command) == 0
 
     assert differences(outcome(program.run_folder), twin(*command)) == []
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_deletion_of_an_old_one(program: Any, twin: Any) -> None:
+    before_it_is_deleted = Injection("fedsim.server.checkpoint:prune_checkpoints", "kill", call=4)
+    (ended,) = start(program.arguments(COMMON), 1, program.folder, [before_it_is_deleted]).wait(300.0)
+    assert ended.code == -9
+    left = sorted(path.name for path in (program.run_folder / "checkpoints").glob("round_*"))
+    assert left[-1] == "round_000004"
+    assert len(left) > len(twin(*COMMON)["checkpoints"]), "the old one is still there"
+
+    assert program.run(*COMMON) == 0
+
+    assert differences(outcome(program.run_folder), twin(*COMMON)) == []

@@ -21,8 +21,8 @@ PHASES: dict[str, Injection] = {
     "evaluation before the first round": Injection("fedsim.simulation:measure_global", "raise", rank=1),
     "training": Injection("fedsim.server.round:_train_packs", "raise", rank=1, call=2),
     "gathering reports": Injection("fedsim.server.round:gather_reports", "raise", rank=1, call=2),
-    "gathering factors": Injection("fedsim.comm.exchange:_gather_module", "raise", rank=1, call=6),
-    "receiving factors on the server": Injection("fedsim.comm.exchange:_gather_module", "raise", rank=0, call=6),
+    "gathering factors": Injection("fedsim.comm.exchange:_start_module", "raise", rank=1, call=6),
+    "receiving factors on the server": Injection("fedsim.comm.exchange:_start_module", "raise", rank=0, call=6),
     "aggregation": Injection("fedsim.aggregation.fedavg:FedAvg.aggregate", "raise", rank=0, call=2),
     "broadcast": Injection("fedsim.server.aggregation:broadcast_state", "raise", rank=1, call=2),
     "evaluation": Injection("fedsim.evaluation.losses:LossEvaluator.measure", "raise", rank=1, call=3),
@@ -36,7 +36,7 @@ PHASES: dict[str, Injection] = {
 KILLED: dict[str, Injection] = {
     "a rank in training": Injection("fedsim.server.round:_train_packs", "kill", rank=1, call=2),
     "the server in a checkpoint": Injection("fedsim.server.checkpoint:replace_folder", "kill", rank=0, call=2),
-    "a rank in the gather": Injection("fedsim.comm.exchange:_gather_module", "kill", rank=1, call=6),
+    "a rank in the gather": Injection("fedsim.comm.exchange:_start_module", "kill", rank=1, call=6),
 }  # fmt: skip
 
 
