@@ -142,7 +142,7 @@ def _content(tensor: Tensor) -> bytes:
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size(), torch.uint8)
     integers = values.view(words)
     total = int(integers.sum(dtype=torch.int64).item())
-    sample = integers[:: -(-integers.numel() // SAMPLED_VALUES)].cpu()
+    sample = integers[:: -(-integers.numel() // SAMPLED_VALUES)].cpu().contiguous()
     return total.to_bytes(8, "little", signed=True) + sample.view(torch.uint8).numpy().tobytes()
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from fedsim.config.schema import ModelConfig
 from fedsim.errors import ConfigError, ModelError
-from fedsim.models.base import build_base, fingerprint
+from fedsim.models.base import HASHED_BYTES, build_base, fingerprint
 from fedsim.models.description import describe_base
 from fedsim.models.targets import find_targets
 from fedsim.models.tokenizer import build_tokenizer
@@ -85,6 +85,17 @@ def test_local_folder(architecture: str, tmp_path: Path) -> None:
 def test_dtype_as_configured(dtype: str, tmp_path: Path) -> None:
     base = load(save_model(tmp_path), dtype=dtype)
     assert {parameter.dtype for parameter in base.model.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprint_of_tensors_larger_than_its_sample(dtype: torch.dtype) -> None:
+    """Of a base of real size, no tensor is hashed whole."""
+    model = torch.nn.Linear(1024, 1500).to(dtype)
+    assert model.weight.numel() * model.weight.element_size() > HASHED_BYTES
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.weight.view(-1)[1_234_567] += 1  # between two values of the sample
+    assert fingerprint(model) != before
 
 
 def test_fingerprint_sees_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
