@@ -213,6 +213,8 @@ class Facts:
     def _resident(self, rss: int) -> dict[str, int]:
         whole = self.adapter.num_parameters * self.factor_bytes
         parts = {"base": self.costs.parameter_bytes}
+        if self.costs.dequantized_bytes:
+            parts["a dequantized weight"] = self.costs.dequantized_bytes
         if self.device.kind == "cuda":
             parts["CUDA context"] = CONTEXT_BYTES
         else:

@@ -86,7 +86,8 @@ def build_run(
         ConfigError: the configuration does not fit the data or the model.
     """
     targets = find_targets(base.model, config.lora.target_modules)
-    updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
+    changed = targets if strategy.traits.changes_base else {}
+    updatable = UpdatableBase(base.model, changed)  # before the engine wraps its modules
     trainer, scorer, model = build_engine(config, group, base, data.train, strategy.traits.changes_base)
     cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
     budget, local = build_local_training(config)
@@ -271,6 +272,11 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
         raise ConfigError(
             f"aggregation.client_weights must be examples with strategy.name={strategy.name}, which has no use for it, "
             f"got '{config.aggregation.client_weights}'"
+        )
+    if traits.changes_base and config.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization must be none with strategy.name={strategy.name}, which changes the weights of the "
+            f"base, got '{config.model.quantization}'"
         )
     if config.run.merged_model and not traits.has_global_model:
         raise ConfigError(
