@@ -541,6 +541,11 @@ class PackConfig(Node):
         "tokens",
         gt=0,
     )
+    keep_updates_on: Literal["auto", "device", "cpu"] = key(
+        "auto",
+        "where trained adapters wait for the end of the round; auto: on the GPU up to a sixteenth of its memory, what "
+        "is beyond in main memory; results do not depend on it",
+    )
 
 
 class LrPhaseConfig(Node):

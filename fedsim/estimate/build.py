@@ -32,6 +32,7 @@ from fedsim.models.stacked import DENSE_ROWS_AT_LEAST, DENSE_SHARE
 from fedsim.server.build import build_local_training, build_tests, sample_examples
 from fedsim.server.engine import MAX_TOKENS
 from fedsim.server.summary import RunSummary
+from fedsim.server.waiting import most_waiting_bytes
 from fedsim.training.packed import MAX_ROW_VALUES
 
 logger = logging.getLogger(__name__)
@@ -139,6 +140,9 @@ def _settings(
         checkpointed=config.training.gradient_checkpointing and not padded,
         proximal=config.training.proximal_mu > 0,
         server_moments={"none": 0, "fedavgm": 1}.get(config.aggregation.server_optimizer.name, 2),
+        most_waiting_bytes=most_waiting_bytes(
+            config.training.pack.keep_updates_on, device.capacity if device.kind == "cuda" else None
+        ),
         packed_bytes=_packed_bytes(config, summary, device, dtype, costs),
         sharded=config.aggregation.svd_placement == "sharded",
         answer_batches=_answer_batches(config, summary),

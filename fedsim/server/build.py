@@ -61,6 +61,7 @@ from fedsim.server.tiers import (
 )
 from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from fedsim.server.validation import Validation
+from fedsim.server.waiting import most_waiting_bytes
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
 BYTES_PER_MBIT = 1e6 / 8
@@ -121,6 +122,12 @@ def build_run(
         participation=build_participation(config, tiers),
         screening=_screening(config),
         corruption=_corruption(config),
+        most_waiting_bytes=most_waiting_bytes(
+            config.training.pack.keep_updates_on,
+            torch.cuda.get_device_properties(group.device).total_memory
+            if group.device.type == "cuda"
+            else None,
+        ),
     )
 
 

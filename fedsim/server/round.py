@@ -115,6 +115,7 @@ class Run:
         corruption: updates that arrive broken; None for none.
         stopping: when to stop before the last round; None for never.
         validation: the test of the global model before a round on its clients' own examples; None without it.
+        most_waiting_bytes: of trained adapters that wait on the device for the end of the round; the rest leave it.
         watch: is told how the round goes on.
     """
 
@@ -143,6 +144,7 @@ class Run:
     corruption: Corruption | None = None
     stopping: StoppingRule | None = None
     validation: Validation | None = None
+    most_waiting_bytes: float = math.inf
     watch: Watch = field(default_factory=NoWatch)
 
     def evaluates(self, round_index: int) -> bool:
@@ -368,6 +370,7 @@ class _Trained:
     wrote_state: list[int] = field(default_factory=list)
     num_clipped: int = 0
     num_corrupted: int = 0
+    waiting_bytes: int = 0
 
     def figures(self) -> _Figures:
         return _Figures(tuple(self.wrote_state), self.num_clipped, self.num_corrupted)
@@ -376,28 +379,34 @@ class _Trained:
 def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Trained:
     """Train this rank's packs; test each client before and after where the round is evaluated."""
     done = _Trained()
-    tested = run.evaluates(state.round_index)
     num_clients = sum(len(pack.jobs) for pack in packs)
     received: dict[int, AdapterState] = {}  # by tier: what travels is cut to a tier's ranks once
     for pack in packs:
-        clients = {job.client_id: run.client(job.client_id, state) for job in pack.jobs}
-        plans: dict[int, ClientPlan] = {}
-        for client_id, client in clients.items():
-            tier = id(client.lora_ranks)
-            if tier not in received:
-                received[tier] = run.strategy.download(state, client.lora_ranks)
-            plans[client_id] = run.strategy.plan(state, client, received[tier])
-        trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
-        if tested and trained:
-            trained = _with_test_losses(run, plans, trained)
-        for update in trained:
-            client_id = update.report.client_id
-            taken = _screened(run, plans[client_id].start, update, state.round_index, done)
-            if taken is not None:
-                _upload(state, run, clients[client_id], plans[client_id], taken, done)
+        _train_pack(state, run, pack, received, done)
         tokens = sum(update.report.trained_tokens for update in done.updates)
         run.watch.clients_done(len(done.updates), num_clients, tokens)
     return done
+
+
+def _train_pack(
+    state: ServerState, run: Run, pack: Pack, received: dict[int, AdapterState], done: _Trained
+) -> None:
+    """Train a pack into `done`; nothing else of its clients is held afterwards."""
+    clients = {job.client_id: run.client(job.client_id, state) for job in pack.jobs}
+    plans: dict[int, ClientPlan] = {}
+    for client_id, client in clients.items():
+        tier = id(client.lora_ranks)
+        if tier not in received:
+            received[tier] = run.strategy.download(state, client.lora_ranks)
+        plans[client_id] = run.strategy.plan(state, client, received[tier])
+    trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
+    if run.evaluates(state.round_index) and trained:
+        trained = _with_test_losses(run, plans, trained)
+    for update in trained:
+        client_id = update.report.client_id
+        taken = _screened(run, plans[client_id].start, update, state.round_index, done)
+        if taken is not None:
+            _upload(state, run, clients[client_id], plans[client_id], taken, done)
 
 
 def _screened(
@@ -426,7 +435,12 @@ def _upload(
     if upload.client_state is not None:
         run.store.save(client.client_id, state.round_index, upload.client_state)
         done.wrote_state.append(client.client_id)
-    done.updates.append(ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), upload.adapter))
+    waits = upload.adapter
+    if done.waiting_bytes + waits.num_bytes > run.most_waiting_bytes:
+        waits = waits.to("cpu")
+    else:
+        done.waiting_bytes += waits.num_bytes
+    done.updates.append(ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), waits))
 
 
 def _with_versions(
