@@ -38,6 +38,7 @@ from fedsim.lora.state import ServerState
 from fedsim.models.base import BaseModel, build_base
 from fedsim.models.description import BaseDescription, describe_base
 from fedsim.models.merged import save_merged_model
+from fedsim.models.quantized import check_available
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server.build import (
     build_cohort_policy,
@@ -97,6 +98,7 @@ def dry_run(config: Config, group: Group) -> str:
     """
     summary, _ = _prepare_data(config, group)
     with all_or_none(group, "opening the run folder"):
+        check_available(config.model.quantization)
         if group.rank == 0:
             check_new_folder(_folder_path(config))
     return "\n".join(summary.lines())

@@ -305,8 +305,15 @@ def _length_classes(partition: PartitionConfig, by_label: bool) -> Iterator[str]
 def _model(model: ModelConfig, run: RunConfig) -> Iterator[str]:
     if model.name_or_path == EMBEDDED:
         yield from _unused("model", model, UNUSED_BY_EMBEDDED_MODEL, "when model.name_or_path is embedded")
-    if run.device == "cpu" and model.dtype == "float16":
-        yield "model.dtype must be float32, bfloat16 or float64 when run.device is cpu, got 'float16'"
+    if model.quantization == "none":
+        return
+    because = f"when model.quantization is {model.quantization}"
+    if model.dtype == "float64":
+        yield f"model.dtype must be float32, bfloat16, float16 or auto {because}, got 'float64'"
+    if model.cpu_linear == "onednn":
+        yield f"model.cpu_linear must be auto or torch {because}, got 'onednn'"
+    if run.merged_model:
+        yield f"run.merged_model must be false {because}, since an adapter cannot be merged into such weights, got true"
 
 
 def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str]:

@@ -289,7 +289,15 @@ class ModelConfig(Node):
     trust_remote_code: bool = key(False, "let a hub repository run its own Python code")
     allow_pickle: bool = key(False, "accept weights in PyTorch's pickle format as well; they can run code")
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = key(
-        "auto", "type of the base weights; auto: bfloat16 on a GPU, float32 on a CPU"
+        "auto",
+        "type of the base weights and of the products with them; auto: bfloat16 on a GPU, float32 on a CPU; adapters, "
+        "their gradients and their optimizers stay in float32 (float64 for float64)",
+    )
+    quantization: Literal["none", "int8", "nf4", "fp4"] = key(
+        "none",
+        "bits in which the weights of linear modules but the output head are kept: 8 (int8), 4 (nf4: NormalFloat, "
+        "arXiv 2305.14314; fp4), by bitsandbytes (pip install 'fedsim[quantization]'); products take the dequantized "
+        "weight in model.dtype",
     )
     cpu_linear: Literal["auto", "torch", "onednn"] = key(
         "auto",
@@ -532,6 +540,11 @@ class PackConfig(Node):
         "client stays whole",
         "tokens",
         gt=0,
+    )
+    keep_updates_on: Literal["auto", "device", "cpu"] = key(
+        "auto",
+        "where trained adapters wait for the end of the round; auto: on the GPU up to a sixteenth of its memory, what "
+        "is beyond in main memory; results do not depend on it",
     )
 
 

@@ -66,7 +66,7 @@ def _memory(plan: Plan, facts: Facts, memory: Memory, slots: Slots) -> list[str]
     if memory.resident_bytes > usable:
         return [
             f"{text}, and {size(memory.resident_bytes)} of it stay whatever the settings; take a device with more "
-            "memory, or a smaller model.dtype"
+            "memory, a smaller model.dtype, or model.quantization"
         ]
     remedies = []
     if memory.peak_phase == "training":

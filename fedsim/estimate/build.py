@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,12 @@ from fedsim.models.base import choose_dtype
 from fedsim.models.cpu_linear import choose_cpu_linear
 from fedsim.models.description import build_empty_base
 from fedsim.models.packing import HAS_VARLEN
+from fedsim.models.quantized import Quantization, weight_bytes
 from fedsim.models.stacked import DENSE_ROWS_AT_LEAST, DENSE_SHARE
 from fedsim.server.build import build_local_training, build_tests, sample_examples
 from fedsim.server.engine import MAX_TOKENS
 from fedsim.server.summary import RunSummary
+from fedsim.server.waiting import most_waiting_bytes
 from fedsim.training.packed import MAX_ROW_VALUES
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def build_estimate(
     targets = {module: (f.A.shape[1], f.B.shape[0]) for module, f in summary.adapter.items()}
     varlen = device.kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and HAS_VARLEN
     costs, problem = _costs(config, dtype, targets, copies_attention=not varlen)
+    costs = _quantized(config.model.quantization, costs, dtype)
     padded = config.training.trainer == "sequential" or problem is not None
     plans = _plans(summary)
     workload = _workload(config, summary, device, targets, padded, _shares_start(summary, plans))
@@ -136,6 +140,9 @@ def _settings(
         checkpointed=config.training.gradient_checkpointing and not padded,
         proximal=config.training.proximal_mu > 0,
         server_moments={"none": 0, "fedavgm": 1}.get(config.aggregation.server_optimizer.name, 2),
+        most_waiting_bytes=most_waiting_bytes(
+            config.training.pack.keep_updates_on, device.capacity if device.kind == "cuda" else None
+        ),
         packed_bytes=_packed_bytes(config, summary, device, dtype, costs),
         sharded=config.aggregation.svd_placement == "sharded",
         answer_batches=_answer_batches(config, summary),
@@ -148,10 +155,23 @@ def _packed_bytes(
     config: Config, summary: RunSummary, device: Device, dtype: torch.dtype, costs: ModelCosts
 ) -> int:
     place = torch.device(device.kind)
-    if not choose_cpu_linear(config.model.cpu_linear, place, dtype, costs.linear_shapes):
+    shapes = costs.linear_shapes
+    if config.model.quantization != "none":
+        shapes = tuple(shape for shape in shapes if shape[0] == costs.vocab_size)
+    if not choose_cpu_linear(config.model.cpu_linear, place, dtype, shapes):
         return 0
     skipped = costs.target_bytes if summary.strategy.traits.changes_base else 0
-    return 2 * (sum(o * i for o, i in costs.linear_shapes) * 4 - skipped)
+    return 2 * (sum(o * i for o, i in shapes) * 4 - skipped)
+
+
+def _quantized(quantization: Quantization, costs: ModelCosts, dtype: torch.dtype) -> ModelCosts:
+    """Costs of a base whose linear modules but the head are kept in fewer bits, and dequantized one at a time."""
+    shapes = [shape for shape in costs.linear_shapes if shape[0] != costs.vocab_size]
+    if quantization == "none" or not shapes:
+        return costs
+    saved = sum(o * i * dtype.itemsize - weight_bytes(quantization, o, i) for o, i in shapes)
+    largest = max(o * i for o, i in shapes) * dtype.itemsize
+    return replace(costs, parameter_bytes=costs.parameter_bytes - saved, dequantized_bytes=largest)
 
 
 def _answer_batches(config: Config, summary: RunSummary) -> tuple[tuple[int, int], ...]:

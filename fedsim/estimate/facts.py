@@ -52,6 +52,7 @@ class Settings:
         checkpointed: each layer is computed again in the backward pass.
         proximal: clients hold what they began with.
         server_moments: adapters that a server optimizer keeps.
+        most_waiting_bytes: of trained adapters that wait on the device.
         packed_bytes: of copies of the base's weights for a CPU's library.
         sharded: the server's work is shared out by module.
         answer_batches: (sequences, longest) of each batch of the test of answers.
@@ -63,6 +64,7 @@ class Settings:
     checkpointed: bool
     proximal: bool
     server_moments: int
+    most_waiting_bytes: float
     packed_bytes: int
     sharded: bool
     answer_batches: tuple[tuple[int, int], ...]
@@ -215,7 +217,9 @@ class Facts:
             for load in self.loads
             for rank in load.ranks
         )
-        waiting = trained * self.factor_bytes * (1 if self.workload.shares_start else 2)
+        trained *= self.factor_bytes
+        waiting = int(min(trained, self.settings.most_waiting_bytes))
+        waiting += 0 if self.workload.shares_start else trained
         kept = 2 * self.workload.counter.most_ranks * self.width * self.factor_bytes
         return Phase(
             {**phase.parts, "trained adapters of its clients": waiting, "adapters of the last test": kept}
@@ -229,6 +233,8 @@ class Facts:
     def _resident(self, rss: int) -> dict[str, int]:
         whole = self.adapter.num_parameters * self.factor_bytes
         parts = {"base": self.costs.parameter_bytes}
+        if self.costs.dequantized_bytes:
+            parts["a dequantized weight"] = self.costs.dequantized_bytes
         if self.device.kind == "cuda":
             parts["CUDA context"] = CONTEXT_BYTES
         else:

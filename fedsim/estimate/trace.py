@@ -53,6 +53,7 @@ class ModelCosts:
         parameter_bytes: weights, shared ones counted once, and buffers.
         linear_shapes: (o, i) of each linear module.
         target_bytes: weights of the adapted modules.
+        dequantized_bytes: the largest weight in the type of the products, where weights are kept in fewer bits.
     """
 
     forward_flops: float
@@ -72,6 +73,7 @@ class ModelCosts:
     parameter_bytes: int
     linear_shapes: tuple[tuple[int, int], ...]
     target_bytes: int
+    dequantized_bytes: int = 0
 
 
 def trace_model(

@@ -13,6 +13,7 @@ from fedsim.data.tokens import TokenStore
 from fedsim.lora.factors import AdapterState
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.losses import label_losses
+from fedsim.models.out_of_memory import SmallerParts
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
@@ -20,6 +21,10 @@ from fedsim.models.targets import check_same_modules
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Work = tuple[Sequence[AdapterState], Sequence[Ints]]
+"""Adapters, and for each the indices of its examples."""
+
+BUDGET_KEY = "evaluation.batch_tokens"
 
 
 class Scorer(Protocol):
@@ -38,6 +43,22 @@ class Scorer(Protocol):
         ...
 
 
+def _halves(examples: Ints) -> tuple[Ints, Ints] | None:
+    if len(examples) < 2:
+        return None
+    first, second = np.array_split(examples, 2)
+    return first, second
+
+
+def _half_the_work(work: Work) -> tuple[Work, Work] | None:
+    adapters, parts = work
+    if len(parts) > 1:
+        middle = len(parts) // 2
+        return (adapters[:middle], parts[:middle]), (adapters[middle:], parts[middle:])
+    cut = _halves(parts[0])
+    return None if cut is None else ((adapters, [cut[0]]), (adapters, [cut[1]]))
+
+
 @final
 class PaddedScorer:
     """Padded batches through the base with one adapter after another.
@@ -50,13 +71,21 @@ class PaddedScorer:
     def __init__(self, model: AdaptedModel, pad_id: int) -> None:
         self._model = model
         self._pad_id = pad_id
+        self._parts = SmallerParts("a test batch", model.device, BUDGET_KEY)
 
     def losses(
         self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
     ) -> list[Floats]:
         """See `Scorer`."""
         return [
-            self._part_losses(adapter, store, examples)
+            np.concatenate(
+                self._parts.run(
+                    examples,
+                    lambda some: len(some) * int(store.num_tokens[some].max()),
+                    lambda some, adapter=adapter: [self._part_losses(adapter, store, some)],  # type: ignore[misc]
+                    _halves,
+                )
+            )
             for adapter, examples in zip(adapters, parts, strict=True)
         ]
 
@@ -82,18 +111,36 @@ class PackedScorer:
     def __init__(self, model: StackedModel) -> None:
         self._model = model
         self._loaded: tuple[tuple[AdapterState, ...], RankRows] | None = None
+        self._parts = SmallerParts("a test batch", model.device, BUDGET_KEY)
 
     def losses(
         self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
     ) -> list[Floats]:
         """See `Scorer`."""
+        losses = self._parts.run(
+            (adapters, parts),
+            lambda work: int(store.num_tokens[np.concatenate(work[1])].sum()),
+            lambda work: self._losses(work[0], store, work[1]),
+            _half_the_work,
+        )
+        if len(losses) == len(parts):
+            return losses
+        # some adapter's examples were cut
+        ends = np.cumsum([len(part) for part in parts])
+        return np.split(np.concatenate(losses), ends[:-1])
+
+    def _losses(
+        self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
+    ) -> list[Floats]:
         rows = self._load(tuple(adapters))
         packed = pack_tokens(store, parts, self._model.device)
         plan = StepPlan(plan_products(rows, packed, range(len(parts)), self._model.dtype))
         self._model.attach(rows)
-        with torch.no_grad(), self._model.planned(plan):
-            losses = self._model.label_losses(packed).double().cpu().numpy()
-        self._model.attach(None)
+        try:
+            with torch.no_grad(), self._model.planned(plan):
+                losses = self._model.label_losses(packed).double().cpu().numpy()
+        finally:
+            self._model.attach(None)
         sizes = [len(part) for part in parts]
         by_example = np.bincount(packed.sequence_of_label.cpu().numpy(), weights=losses, minlength=sum(sizes))
         return np.split(by_example.astype(np.float64), np.cumsum(sizes)[:-1])

@@ -14,6 +14,7 @@ from fedsim.errors import ModelError
 from fedsim.models.architecture import KEY, read_model_config
 from fedsim.models.embedded import embedded_base_folder
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
+from fedsim.models.quantized import Quantization, check_available, loading_options, replace_quantized
 from fedsim.models.quiet import quiet_transformers
 from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
 
@@ -53,12 +54,14 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
 
     Raises:
         ModelError: the model or its tokenizer cannot be found, read or used, or they do not fit each other; its
-            weights are only there in pickle format and `model.allow_pickle` is false; weights are missing.
+            weights are only there in pickle format and `model.allow_pickle` is false; weights are missing;
+            `model.quantization` needs a package that is not installed.
         ConfigError: `model.revision` is set for a local folder.
         DataError, CacheError: the embedded base cannot be trained or kept.
     """
     device = torch.device(device)
     dtype = choose_dtype(config.dtype, device)
+    check_available(config.quantization)
     tokenizer = build_tokenizer(config)
     folder = embedded_base_folder() if config.name_or_path == EMBEDDED else _locate_weights(config)
     model = load_frozen(
@@ -67,7 +70,9 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
         dtype,
         allow_pickle=config.allow_pickle,
         trust_remote_code=config.trust_remote_code,
-    ).to(device)
+        quantization=config.quantization,
+        device=device,
+    )
     rows = model.get_input_embeddings().num_embeddings
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
     source = str(folder) if config.name_or_path == EMBEDDED else config.name_or_path
@@ -86,13 +91,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_frozen(
-    folder: Path, name: str, dtype: torch.dtype, *, allow_pickle: bool, trust_remote_code: bool
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    quantization: Quantization = "none",
+    device: torch.device | str = "cpu",
 ) -> Any:
-    """The model in a local folder, on the CPU, in evaluation mode, without gradients.
+    """The model in a local folder, on `device`, in evaluation mode, without gradients.
 
     Args:
         name: the value of `model.name_or_path`, for messages.
-        allow_pickle, trust_remote_code: as in the configuration.
+        allow_pickle, trust_remote_code, quantization: as in the configuration.
 
     Raises:
         ModelError: as `build_base`.
@@ -112,12 +124,19 @@ def load_frozen(
                 local_files_only=not trust_remote_code,
                 ignore_mismatched_sizes=True,  # refused below, with the names of the tensors
                 output_loading_info=True,
+                **loading_options(quantization, dtype, torch.device(device)),
             )
     except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...
         raise ModelError(
             f"{KEY}={name}: its weights in {folder} cannot be loaded ({type(error).__name__}: {one_line(error)})"
         ) from error
     _check_complete(loading, name, folder)
+    if quantization == "none":
+        return model.to(device).eval().requires_grad_(False)
+    if not replace_quantized(model):
+        raise ModelError(
+            f"{KEY}={name}: it has no linear module that model.quantization could keep in fewer bits"
+        )
     return model.eval().requires_grad_(False)
 
 

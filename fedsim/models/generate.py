@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.errors import ModelError
 from fedsim.lora.factors import AdapterState
 from fedsim.models.adapted import AdaptedModel
+from fedsim.models.out_of_memory import SmallerParts
 from fedsim.models.quiet import quiet_transformers
 from fedsim.models.stacked import StackedModel
 
@@ -56,6 +57,9 @@ class GreedyGenerator:
         self._model = model
         self._pad_id = pad_id
         self._stop_ids = tuple(stop_ids)
+        keys = "evaluation.batch_tokens or evaluation.answers.max_new_tokens"
+        self._generated = SmallerParts("a batch of answers", model.device, keys)
+        self._guessed = SmallerParts("a batch of answers", model.device, "evaluation.batch_tokens")
 
     def answers(
         self, adapter: AdapterState | None, batches: Sequence[Sequence[Ints]], max_new_tokens: int
@@ -77,7 +81,15 @@ class GreedyGenerator:
             AdapterError: the adapter is not one for the base.
         """
         with self._under(adapter) as adapted, _no_settings(adapted.model), quiet_transformers():
-            return [self._answers(adapted, prompts, max_new_tokens) for prompts in batches]
+            return [
+                self._generated.run(
+                    batch,
+                    lambda some: len(some) * (max(map(len, some)) + max_new_tokens),
+                    lambda some: self._answers(adapted, some, max_new_tokens),
+                    _halves,
+                )
+                for batch in batches
+            ]
 
     def teacher_forced(
         self, adapter: AdapterState | None, batches: Sequence[Sequence[Ints]]
@@ -93,7 +105,15 @@ class GreedyGenerator:
             with the true tokens up to t in view.
         """
         with self._under(adapter) as adapted:
-            return [self._guesses(adapted, sequences) for sequences in batches]
+            return [
+                self._guessed.run(
+                    batch,
+                    lambda some: len(some) * max(map(len, some)),
+                    lambda some: self._guesses(adapted, some),
+                    _halves,
+                )
+                for batch in batches
+            ]
 
     def _answers(self, adapted: AdaptedModel, prompts: Sequence[Ints], max_new_tokens: int) -> list[Ints]:
         from transformers import GenerationConfig
@@ -142,6 +162,11 @@ class GreedyGenerator:
             adapted = AdaptedModel(plain, self._model.targets, self._model.device)
             adapted.load(adapter)
             yield adapted
+
+
+def _halves(batch: Sequence[Ints]) -> tuple[Sequence[Ints], Sequence[Ints]] | None:
+    middle = len(batch) // 2
+    return (batch[:middle], batch[middle:]) if middle else None
 
 
 def padded(sequences: Sequence[Ints], pad_id: int, on_the_left: bool) -> tuple[Tensor, Tensor]:

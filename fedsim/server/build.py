@@ -61,6 +61,7 @@ from fedsim.server.tiers import (
 )
 from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from fedsim.server.validation import Validation
+from fedsim.server.waiting import most_waiting_bytes
 from fedsim.training.settings import LocalSettings, OptimizerSettings
 
 BYTES_PER_MBIT = 1e6 / 8
@@ -86,7 +87,8 @@ def build_run(
         ConfigError: the configuration does not fit the data or the model.
     """
     targets = find_targets(base.model, config.lora.target_modules)
-    updatable = UpdatableBase(base.model, targets)  # before the engine wraps its modules
+    changed = targets if strategy.traits.changes_base else {}
+    updatable = UpdatableBase(base.model, changed)  # before the engine wraps its modules
     trainer, scorer, model = build_engine(config, group, base, data.train, strategy.traits.changes_base)
     cohort = build_cohort_policy(config.cohort, data.partition.num_clients)
     budget, local = build_local_training(config)
@@ -121,6 +123,12 @@ def build_run(
         participation=build_participation(config, tiers),
         screening=_screening(config),
         corruption=_corruption(config),
+        most_waiting_bytes=most_waiting_bytes(
+            config.training.pack.keep_updates_on,
+            torch.cuda.get_device_properties(group.device).total_memory
+            if group.device.type == "cuda"
+            else None,
+        ),
     )
 
 
@@ -272,6 +280,11 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
         raise ConfigError(
             f"aggregation.client_weights must be examples with strategy.name={strategy.name}, which has no use for it, "
             f"got '{config.aggregation.client_weights}'"
+        )
+    if traits.changes_base and config.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization must be none with strategy.name={strategy.name}, which changes the weights of the "
+            f"base, got '{config.model.quantization}'"
         )
     if config.run.merged_model and not traits.has_global_model:
         raise ConfigError(

@@ -116,6 +116,7 @@ class Run:
         corruption: updates that arrive broken; None for none.
         stopping: when to stop before the last round; None for never.
         validation: the test of the global model before a round on its clients' own examples; None without it.
+        most_waiting_bytes: of trained adapters that wait on the device for the end of the round; the rest leave it.
         watch: is told how the round goes on.
         costs: what packs have cost so far.
     """
@@ -145,6 +146,7 @@ class Run:
     corruption: Corruption | None = None
     stopping: StoppingRule | None = None
     validation: Validation | None = None
+    most_waiting_bytes: float = math.inf
     watch: Watch = field(default_factory=NoWatch)
     costs: PackCosts = field(default_factory=PackCosts)
 
@@ -386,6 +388,7 @@ class _Trained:
     wrote_state: list[int] = field(default_factory=list)
     num_clipped: int = 0
     num_corrupted: int = 0
+    waiting_bytes: int = 0
 
     def figures(self) -> _Figures:
         return _Figures(tuple(self.wrote_state), self.num_clipped, self.num_corrupted)
@@ -394,31 +397,40 @@ class _Trained:
 def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Trained:
     """Train this rank's packs; test each client before and after where the round is evaluated."""
     done = _Trained()
-    tested = run.evaluates(state.round_index)
     num_clients = sum(len(pack.jobs) for pack in packs)
     received: dict[int, AdapterState] = {}  # by tier: what travels is cut to a tier's ranks once
     for pack in packs:
-        clients = {job.client_id: run.client(job.client_id, state) for job in pack.jobs}
-        plans: dict[int, ClientPlan] = {}
-        for client_id, client in clients.items():
-            tier = id(client.lora_ranks)
-            if tier not in received:
-                received[tier] = run.strategy.download(state, client.lora_ranks)
-            plans[client_id] = run.strategy.plan(state, client, received[tier])
-        trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
-        if tested and trained:
-            trained = _with_test_losses(run, plans, trained)
-        uploads = []
-        for update in trained:
-            client_id = update.report.client_id
-            taken = _screened(run, plans[client_id].start, update, state.round_index, done)
-            if taken is not None:
-                uploads.append(_upload(state, run, clients[client_id], plans[client_id], taken, done))
-        done.reports += [upload.report for upload in uploads]
-        done.sent |= run.aggregator.contribution(run.strategy, state, pack.index, uploads)
+        _train_pack(state, run, pack, received, done)
         tokens = sum(report.trained_tokens for report in done.reports)
         run.watch.clients_done(len(done.reports), num_clients, tokens)
     return done
+
+
+def _train_pack(
+    state: ServerState, run: Run, pack: Pack, received: dict[int, AdapterState], done: _Trained
+) -> None:
+    """Train a pack into `done`; nothing else of its clients is held afterwards."""
+    clients = {job.client_id: run.client(job.client_id, state) for job in pack.jobs}
+    plans: dict[int, ClientPlan] = {}
+    for client_id, client in clients.items():
+        tier = id(client.lora_ranks)
+        if tier not in received:
+            received[tier] = run.strategy.download(state, client.lora_ranks)
+        plans[client_id] = run.strategy.plan(state, client, received[tier])
+    trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
+    if run.evaluates(state.round_index) and trained:
+        trained = _with_test_losses(run, plans, trained)
+    uploads = []
+    for update in trained:
+        client_id = update.report.client_id
+        taken = _screened(run, plans[client_id].start, update, state.round_index, done)
+        if taken is not None:
+            uploads.append(_upload(state, run, clients[client_id], plans[client_id], taken, done))
+    done.reports += [upload.report for upload in uploads]
+    for number, waits in run.aggregator.contribution(run.strategy, state, pack.index, uploads).items():
+        fits = done.waiting_bytes + waits.num_bytes <= run.most_waiting_bytes
+        done.waiting_bytes += waits.num_bytes * fits
+        done.sent[number] = waits if fits else waits.to("cpu")
 
 
 def _screened(

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.data.tokens import TokenStore
-from fedsim.errors import TrainingError
+from fedsim.errors import ModelError, TrainingError
 from fedsim.lora.plan import ClientPlan, Side
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
+from fedsim.models.out_of_memory import REMEDIES, ROUNDING, first_line, free_cached, is_out_of_memory, place
 from fedsim.models.packing import pack_tokens
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
+from fedsim.training.loss_scale import loss_scales
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.plans import check_plan
 from fedsim.training.reports import check_finite, client_report
@@ -83,6 +85,9 @@ class _Part:
 class PackedTrainer:
     """Trains the clients of a pack together.
 
+    Where memory does not suffice, a step is cut into smaller rows, and a pack is begun again with fewer slots, from
+    then on and with a warning; either changes results to rounding alone.
+
     Args:
         model: the base with adapter slots for several clients.
         store: training examples.
@@ -109,9 +114,24 @@ class PackedTrainer:
         self.process_rank = process_rank
         self._padded_rows = 0
         self._tokens = 0
+        self._num_slots = 0
+        self._row = (0, 0)
+        """Tokens and micro-batches of the row that is being computed."""
 
     def train(self, pack: Pack, plans: Sequence[ClientPlan], round_index: int) -> list[ClientUpdate]:
         """See `Trainer.train`. Clients that were left out are missing from the result."""
+        while True:
+            self._num_slots, self._row = min(self.max_slots, len(pack.jobs)), (0, 0)
+            try:
+                return self._train(pack, plans, round_index)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = first_line(error)
+            free_cached(self.model.device)
+            self._take_fewer_slots(problem)
+
+    def _train(self, pack: Pack, plans: Sequence[ClientPlan], round_index: int) -> list[ClientUpdate]:
         for plan in plans:
             check_plan(plan, self.model.targets)
         schedules = [job.batches(round_index) for job in pack.jobs]
@@ -122,6 +142,7 @@ class PackedTrainer:
             self.max_slots,
             MAX_ROW_VALUES[self.model.device.type] // width,
         )
+        self._num_slots = len(capacities)
         dtype = next(iter(plans[0].start.values())).A.dtype
         rows = RankRows(self.model.targets, capacities, dtype, self.model.device)
         terms = make_row_terms(rows, plans, [job.settings.proximal_mu for job in pack.jobs])
@@ -208,8 +229,13 @@ class PackedTrainer:
         rows.gradients.zero_()
         healthy, losses = [], []
         for runner in runners:
-            [loss] = self._gradients(rows, [runner], round_index)
             own = slice(*rows.row_ranges[runner.slot])
+            loss = float("nan")
+            for attempt in range(len(loss_scales(self.model.dtype, 1))):
+                rows.gradients[own] = 0
+                [loss] = self._gradients(rows, [runner], round_index, attempt)
+                if bool(torch.isfinite(rows.gradients[own]).all()):
+                    break
             try:
                 check_finite([*runner.losses, loss], None, runner.job.client_id, round_index)
                 if not bool(torch.isfinite(rows.gradients[own]).all()):
@@ -231,22 +257,49 @@ class PackedTrainer:
         runner.problem = str(error)
         logger.warning("dropped a client: %s", error)
 
-    def _gradients(self, rows: RankRows, runners: Sequence[_Runner], round_index: int) -> list[float]:
-        """Add each client's gradient of its mean loss over the label tokens of its step.
+    def _gradients(
+        self, rows: RankRows, runners: Sequence[_Runner], round_index: int, attempt: int = 0
+    ) -> list[float]:
+        """Add each client's gradient of its mean loss over the label tokens of its step; theirs must be 0 before.
+
+        Args:
+            rows: adapters and gradients.
+            runners: the clients.
+            round_index: from 0.
+            attempt: which of the `loss_scales` to use.
 
         Returns:
             These losses, in the order of `runners`.
         """
-        place = {id(runner): index for index, runner in enumerate(runners)}
+        while True:
+            try:
+                return self._pass_by_pass(rows, runners, round_index, attempt)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._row[1] < 2:
+                    raise
+                problem = first_line(error)
+            for runner in runners:  # what the failed pass and those before it have added
+                rows.gradients[slice(*rows.row_ranges[runner.slot])] = 0
+            free_cached(self.model.device)
+            self._take_smaller_rows(problem)
+
+    def _pass_by_pass(
+        self, rows: RankRows, runners: Sequence[_Runner], round_index: int, attempt: int
+    ) -> list[float]:
+        index_of = {id(runner): index for index, runner in enumerate(runners)}
         totals = torch.zeros(len(runners), dtype=torch.float64, device=self.model.device)
+        targets = [runner.num_targets[runner.step] for runner in runners]
+        scales = [loss_scales(self.model.dtype, count)[attempt] for count in targets]
         for parts in self._passes(runners):
-            packed = pack_tokens(
-                self.store, [np.concatenate(part.examples) for part in parts], self.model.device
-            )
+            examples = [np.concatenate(part.examples) for part in parts]
+            num_tokens = int(self.store.num_tokens[np.concatenate(examples)].sum())
+            self._row = (num_tokens, sum(len(part.examples) for part in parts))
+            packed = pack_tokens(self.store, examples, self.model.device)
             self._padded_rows += packed.layout.num_padded_rows
             self._tokens += packed.input_ids.numel()
+            members = [index_of[id(part.runner)] for part in parts]
             share = torch.tensor(
-                [1.0 / part.runner.num_targets[part.runner.step] for part in parts],
+                [scales[index] / targets[index] for index in members],
                 dtype=torch.float64,
                 device=self.model.device,
             )
@@ -259,10 +312,52 @@ class PackedTrainer:
             with self.model.planned(plan):
                 losses = self.model.label_losses(packed, weights, self._base_dropout(parts, round_index))
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-            owner = torch.tensor([place[id(part.runner)] for part in parts], device=self.model.device)
+            owner = torch.tensor(members, device=self.model.device)
             totals.index_add_(0, owner[packed.owner_of_label], losses.detach().double())
+        self._row = (0, 0)
         values: list[float] = totals.tolist()
+        for index, (runner, scale) in enumerate(zip(runners, scales, strict=True)):
+            if scale != 1.0:
+                rows.gradients[slice(*rows.row_ranges[runner.slot])] /= scale
+                values[index] /= scale
         return values
+
+    def _take_smaller_rows(self, problem: str) -> None:
+        tokens, _ = self._row
+        self.max_tokens = max(1, min(self.max_tokens, tokens) // 2)
+        logger.warning(
+            "out of memory (%s): a packed row of %d tokens does not fit this %s; rows have at most %d from here on, "
+            "and the step is computed again; %s; set training.pack.max_tokens=%d to begin with that",
+            problem,
+            tokens,
+            place(self.model.device),
+            self.max_tokens,
+            ROUNDING,
+            self.max_tokens,
+        )
+
+    def _take_fewer_slots(self, problem: str) -> None:
+        """After a row that cannot be cut, or the adapters themselves, did not fit.
+
+        Raises:
+            ModelError: there was one slot only.
+        """
+        if self._num_slots <= 1:
+            what = f"a micro-batch of {self._row[0]} tokens" if self._row[1] else "one client's adapter"
+            raise ModelError(
+                f"out of memory ({problem}): {what} does not fit this {place(self.model.device)}; {REMEDIES}"
+            )
+        self.max_slots = self._num_slots // 2
+        logger.warning(
+            "out of memory (%s): %d clients at once do not fit this %s; the pack is trained again with %d, as are "
+            "those after it; %s; set training.pack.max_slots=%d to begin with that",
+            problem,
+            self._num_slots,
+            place(self.model.device),
+            self.max_slots,
+            ROUNDING,
+            self.max_slots,
+        )
 
     def _passes(self, runners: Sequence[_Runner]) -> list[list[_Part]]:
         """Cut the micro-batches of a step into packed rows within the token budget, in slot order."""

@@ -7,17 +7,20 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedsim.data.batches import Batch, collate
 from fedsim.data.tokens import TokenStore
-from fedsim.errors import TrainingError
+from fedsim.errors import ModelError, TrainingError
 from fedsim.lora.plan import ClientPlan
 from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import AdaptedModel, KeyedDropout
 from fedsim.models.losses import label_losses
+from fedsim.models.out_of_memory import REMEDIES, first_line, is_out_of_memory, place
+from fedsim.training.loss_scale import loss_scales
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.plans import add_plan_gradients, check_plan, put_back
 from fedsim.training.reports import check_finite, client_report
@@ -74,8 +77,7 @@ class SequentialTrainer:
             batches = [collate(self.store, examples, self.pad_id) for examples in micro_batches]
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, len(steps))
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(self._backward(batches, settings, (round_index, job.client_id, step)))
+            losses.append(self._gradients(leaves, batches, settings, (round_index, job.client_id, step)))
             add_plan_gradients(live, plan, settings.proximal_mu)
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(leaves, settings.max_grad_norm)
@@ -97,11 +99,52 @@ class SequentialTrainer:
         )
         return ClientUpdate(report, adapter)
 
-    def _backward(self, batches: Sequence[Batch], settings: LocalSettings, key: tuple[int, ...]) -> Tensor:
-        """Gradients of one optimizer step: the mean loss over all its label tokens, whatever the micro-batches.
+    def _gradients(
+        self,
+        leaves: Sequence[Tensor],
+        batches: Sequence[Batch],
+        settings: LocalSettings,
+        key: tuple[int, ...],
+    ) -> Tensor:
+        """Gradients of one optimizer step, in place of those that the leaves had.
 
         Returns:
-            That loss, detached, a scalar on the base's device.
+            The loss, detached, a scalar on the base's device.
+
+        Raises:
+            ModelError: a micro-batch does not fit the memory.
+        """
+        untyped: Any = self.model.model
+        scales = loss_scales(untyped.dtype, sum(batch.num_targets for batch in batches))
+        loss = torch.zeros(())
+        for scale in scales:
+            for leaf in leaves:
+                leaf.grad = None
+            try:
+                loss = self._backward(batches, settings, key, scale)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise ModelError(
+                    f"out of memory ({first_line(error)}): a micro-batch of {settings.batch_size} examples does not "
+                    f"fit this {place(self.model.device)}; {REMEDIES}"
+                ) from error
+            if scale == 1.0 and len(scales) == 1:
+                break
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    leaf.grad /= scale
+            if all(leaf.grad is None or bool(torch.isfinite(leaf.grad).all()) for leaf in leaves):
+                break
+        return loss
+
+    def _backward(
+        self, batches: Sequence[Batch], settings: LocalSettings, key: tuple[int, ...], scale: float
+    ) -> Tensor:
+        """Gradients, times `scale`, of the mean loss over all label tokens, whatever the micro-batches.
+
+        Returns:
+            That loss without the scale, detached, a scalar on the base's device.
         """
         num_targets = sum(batch.num_targets for batch in batches)
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
@@ -111,7 +154,7 @@ class SequentialTrainer:
             with self._dropout(settings, (*key, index), attention_mask):
                 logits = self.model.logits(input_ids, attention_mask)
             loss = label_losses(logits, batch.targets.to(self.model.device)).sum() / num_targets
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 

@@ -182,8 +182,16 @@ REFUSED = [
     ),
     (["run.device=cpu", "comm.backend=nccl"], "comm.backend must be auto or gloo when run.device is cpu"),
     (
-        ["run.device=cpu", "model.dtype=float16"],
-        "model.dtype must be float32, bfloat16 or float64 when run.device is cpu, got 'float16'",
+        ["model.quantization=nf4", "model.dtype=float64"],
+        "model.dtype must be float32, bfloat16, float16 or auto when model.quantization is nf4, got 'float64'",
+    ),
+    (
+        ["model.quantization=int8", "model.cpu_linear=onednn"],
+        "model.cpu_linear must be auto or torch when model.quantization is int8, got 'onednn'",
+    ),
+    (
+        ["model.quantization=fp4", "run.merged_model=true"],
+        "run.merged_model must be false when model.quantization is fp4",
     ),
     (
         ["data.text_field=review"],
@@ -261,6 +269,7 @@ ACCEPTED = [
     ["data.partition.name=plato_label", "data.max_examples=10"],
     ["data.partition.name=plato_quantity", "data.max_examples=10"],
     ["run.device=cpu", "comm.backend=gloo", "model.dtype=bfloat16"],
+    ["run.device=cpu", "model.dtype=float16", "model.quantization=nf4"],
     ["run.device=cuda", "model.dtype=float16", "comm.backend=gloo"],
     [*CORPUS, "data.text_field=review", "data.label_field=topic", "data.test_split=test"],
     [*CORPUS, "data.subset=en", "data.client_field=author", "data.train_split=all", "data.test_fraction=0.2"],

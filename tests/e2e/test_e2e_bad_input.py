@@ -118,7 +118,10 @@ CONFIG_CASES: dict[str, tuple[list[str], list[str]]] = {
     "two files": (["a.yaml", "b.yaml"], ["takes one configuration file, got 'a.yaml' and 'b.yaml'"]),
     "missing file": (["nothing/here.yaml"], ["configuration file 'nothing/here.yaml' does not exist"]),
     "unresolvable reference": (["run.name=${run.nmae}"], ["run.name", "cannot be resolved", "run.nmae"]),
-    "half precision on a CPU": (["run.device=cpu", "model.dtype=float16"], ["model.dtype must be", "'float16'"]),
+    "a base in 4 bits that changes": (
+        ["model.quantization=nf4", "strategy.name=fedex"],
+        ["model.quantization must be none with strategy.name=fedex", "'nf4'"],
+    ),
     "nccl and cpu": (
         ["run.device=cpu", "comm.backend=nccl"],
         ["comm.backend must be auto or gloo when run.device is cpu, got 'nccl'"],

@@ -106,6 +106,18 @@ def test_every_kind_of_run_can_be_probed(
     assert told["round"]["train_flops"] > 0
 
 
+def test_a_base_in_fewer_bits_is_counted(program: Any) -> None:
+    """Two layers of four modules of 16 x 16 and two of 16 x 32; the head and the rest stay in float32."""
+    whole = estimated(program)["memory"]["resident"]
+    weights = 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    rows = 2 * (4 * 16 + 16 + 32)
+    for kind, expected in (("int8", weights + 4 * rows), ("nf4", weights // 2 + 4 * weights // 64)):
+        small = estimated(program, f"model.quantization={kind}")["memory"]["resident"]
+        assert small["base"] == whole["base"] - 4 * weights + expected
+        assert small["a dequantized weight"] == 4 * 16 * 32
+    assert "a dequantized weight" not in whole
+
+
 def test_answers_are_counted(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.estimate.probe.SECONDS", 0.1)
     texts = random_texts(120, longest=8)
