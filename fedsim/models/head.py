@@ -3,6 +3,7 @@
 Letters: n = label tokens, d = width of the hidden states, V = vocabulary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,10 @@ class Head(Protocol):
     @property
     def num_tokens(self) -> int:
         """V."""
+        ...
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Around any use of the head, which may lie in parts on several processes."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -43,6 +48,10 @@ class LinearHead:
         """V."""
         return self._weight.shape[0]
 
+    def whole(self) -> AbstractContextManager[None]:
+        """It is here."""
+        return nullcontext()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Head`."""
         return torch.nn.functional.linear(hidden, self._weight, self._bias)
@@ -63,6 +72,10 @@ class PrepackedHead:
     def num_tokens(self) -> int:
         """V."""
         return self._matrix.weight.shape[0]
+
+    def whole(self) -> AbstractContextManager[None]:
+        """It is here."""
+        return nullcontext()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Head`."""

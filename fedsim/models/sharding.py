@@ -13,50 +13,22 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedsim.errors import LostRankError, ModelError
+from fedsim.models.passes import Kind
 
 T = TypeVar("T")
-
-Kind = Literal["test", "train"]
-"""A forward pass alone, or one with a backward pass."""
 
 KEY = "model.sharding"
 
 _NOTHING, _RANKED = 0, {"test": 1, "train": 2}
 
 logger = logging.getLogger(__name__)
-
-
-class Passes(Protocol):
-    """How passes through the base are run."""
-
-    def run(self, kind: Kind, work: Callable[[], T]) -> T:
-        """One pass through all of the base's body, and back if `kind` is "train"."""
-        ...
-
-    def phase(self) -> contextlib.AbstractContextManager[None]:
-        """Around work that may contain passes, any number of them on each rank; all ranks enter it together."""
-        ...
-
-
-@final
-class FreePasses:
-    """Each process has the whole base, and runs its passes when it likes."""
-
-    def run(self, kind: Kind, work: Callable[[], T]) -> T:  # noqa: ARG002
-        """Run it."""
-        return work()
-
-    @contextlib.contextmanager
-    def phase(self) -> Iterator[None]:
-        """Nothing to wait for."""
-        yield
 
 
 @final

@@ -17,6 +17,7 @@ from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, n
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
 from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
+from fedsim.models.passes import FreePasses, Passes
 from fedsim.models.rows import RankRows
 from fedsim.models.targets import set_module
 
@@ -129,6 +130,9 @@ class StackedModel:
         head: the output head; None to use the model's own linear module.
         checkpoint_gradients: keep no activations within a layer and compute them again in the backward pass.
 
+    Attributes:
+        passes: through which each use of the base goes, here and where it is trained.
+
     Raises:
         ModelError: the model has no body and head that could be run apart, or no gradient checkpointing.
     """
@@ -150,6 +154,7 @@ class StackedModel:
         self._own_attention: str = untyped.config._attn_implementation
         self.dtype: torch.dtype = untyped.dtype
         self.head = head or _plain_head(untyped)
+        self.passes: Passes = FreePasses()
         self._linears: dict[str, StackedLinear] = {}
         self.checkpoint_gradients = False
         register_packed_attention()
@@ -202,6 +207,16 @@ class StackedModel:
             linear.leaves = None if rows is None else rows.parameters(path)
 
     @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the block other adapters and plans may be used; afterwards those of before are back."""
+        before = {path: (linear.leaves, linear.plan) for path, linear in self._linears.items()}
+        try:
+            yield
+        finally:
+            for path, linear in self._linears.items():
+                linear.leaves, linear.plan = before[path]
+
+    @contextmanager
     def planned(self, plan: StepPlan | None) -> Iterator[None]:
         """Give the adapted modules their plan within the block."""
         for linear in self._linears.values():
@@ -234,7 +249,8 @@ class StackedModel:
                 undo.enter_context(no_base_dropout())
             states = self.body(packed.input_ids, packed.position_ids, **{LAYOUT_ARGUMENT: packed.layout})
         hidden = states[0].index_select(0, packed.label_rows)
-        return frozen_cross_entropy(hidden, self.head, packed.label_targets, weights)
+        with self.head.whole():
+            return frozen_cross_entropy(hidden, self.head, packed.label_targets, weights)
 
     def body(self, input_ids: Tensor, position_ids: Tensor, **arguments: object) -> Tensor:
         """(1, T, width) last hidden states, before the output head.

@@ -24,7 +24,7 @@ from fedsim.lora.updates import ClientUpdate
 from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
 from fedsim.models.out_of_memory import REMEDIES, ROUNDING, first_line, free_cached, is_out_of_memory, place
-from fedsim.models.packing import pack_tokens
+from fedsim.models.packing import PackedTokens, pack_tokens
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
 from fedsim.training.loss_scale import loss_scales
@@ -309,11 +309,13 @@ class PackedTrainer:
                 self._lora_dropout(parts, round_index),
                 frozenset[Side]().union(*(part.runner.plan.trains for part in parts)),
             )
+            dropout = self._base_dropout(parts, round_index)
             with self.model.planned(plan):
-                losses = self.model.label_losses(packed, weights, self._base_dropout(parts, round_index))
-                losses.sum().backward()  # type: ignore[no-untyped-call]
+                losses = self.model.passes.run(
+                    "train", lambda: self._there_and_back(packed, weights, dropout)
+                )
             owner = torch.tensor(members, device=self.model.device)
-            totals.index_add_(0, owner[packed.owner_of_label], losses.detach().double())
+            totals.index_add_(0, owner[packed.owner_of_label], losses.double())
         self._row = (0, 0)
         values: list[float] = totals.tolist()
         for index, (runner, scale) in enumerate(zip(runners, scales, strict=True)):
@@ -321,6 +323,12 @@ class PackedTrainer:
                 rows.gradients[slice(*rows.row_ranges[runner.slot])] /= scale
                 values[index] /= scale
         return values
+
+    def _there_and_back(self, packed: PackedTokens, weights: Tensor, dropout: Tensor | None) -> Tensor:
+        """(n,) weighted losses; their gradients are added to those of the rows."""
+        losses = self.model.label_losses(packed, weights, dropout)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
 
     def _take_smaller_rows(self, problem: str) -> None:
         tokens, _ = self._row
