@@ -35,10 +35,11 @@ from fedsim.lora.payload import pickled_payload_mib
 from fedsim.lora.peft_format import save_peft_adapter
 from fedsim.lora.plan import sides_bytes
 from fedsim.lora.state import ServerState
-from fedsim.models.base import BaseModel, build_base
+from fedsim.models.base import BaseModel, build_base, locate_base
 from fedsim.models.description import BaseDescription, describe_base
 from fedsim.models.merged import save_merged_model
 from fedsim.models.quantized import check_available
+from fedsim.models.sharding import ShardingGroup
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server.build import (
     build_cohort_policy,
@@ -147,7 +148,7 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
         try:
             summary, data = _prepare_data(config, group)
             _stop_if_asked(group, stops, "before the base was loaded")
-            base = root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
+            base = _load_base(config, group)
             same_everywhere(group, "the base model", base.fingerprint)
             with all_or_none(group, "setting up the run"):
                 run = build_run(config, group, base, data, summary.tiers, summary.strategy)
@@ -165,6 +166,20 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 # every rank is here: none leaves, and so lets the launcher end the others, before rank 0 has written
                 group.gather_objects(None)
             raise
+
+
+def _load_base(config: Config, group: Group) -> BaseModel:
+    """The base on every process, or each one's part of it."""
+    if config.model.sharding == "none":
+        return root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
+    root_first(group, "fetching the base model", lambda: locate_base(config.model))
+    base: BaseModel | None = None
+    with all_or_none(group, "loading the base model"):
+        size = config.model.sharding_group_size
+        sharding = ShardingGroup(group.rank, group.world_size, size, config.model.offload == "cpu")
+        base = build_base(config.model, group.device, sharding)
+    assert base is not None
+    return base
 
 
 def _build_stops(config: Config, requests: StopRequests) -> StopWatch:

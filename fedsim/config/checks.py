@@ -62,6 +62,7 @@ def cross_checks(config: Config) -> None:
             *_data(config.data),
             *_partition(config.data),
             *_model(config.model, config.run),
+            *_sharding(config),
             *_lora(config.lora),
             *_training(config.training),
             *_checkpointing(config.training, config.model),
@@ -314,6 +315,31 @@ def _model(model: ModelConfig, run: RunConfig) -> Iterator[str]:
         yield f"model.cpu_linear must be auto or torch {because}, got 'onednn'"
     if run.merged_model:
         yield f"run.merged_model must be false {because}, since an adapter cannot be merged into such weights, got true"
+
+
+def _sharding(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.sharding == "none":
+        yield from _unused("model", model, ("sharding_group_size", "offload"), "when model.sharding is none")
+        return
+    because = f"when model.sharding is {model.sharding}"
+    if model.quantization != "none":
+        yield f"model.quantization must be none {because}, got {show(model.quantization)}"
+    if model.dtype == "float64":
+        yield f"model.dtype must be float32, bfloat16, float16 or auto {because}, got 'float64'"
+    if model.cpu_linear == "onednn":
+        yield f"model.cpu_linear must be auto or torch {because}, got 'onednn'"
+    if model.allow_pickle:
+        yield f"model.allow_pickle must be false {because}, which reads parts of safetensors files, got true"
+    if config.training.trainer == "sequential":
+        yield f"training.trainer must be auto or packed {because}, got 'sequential'"
+    if config.run.merged_model:
+        yield f"run.merged_model must be false {because}, since no process holds the whole base, got true"
+    if config.evaluation.answers.metric == "generated":
+        yield (
+            f"evaluation.answers.metric must not be generated {because}: texts of different lengths would keep the "
+            "processes out of step"
+        )
 
 
 def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str]:

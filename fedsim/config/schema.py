@@ -299,6 +299,26 @@ class ModelConfig(Node):
         "arXiv 2305.14314; fp4), by bitsandbytes (pip install 'fedsim[quantization]'); products take the dequantized "
         "weight in model.dtype",
     )
+    sharding: Literal["none", "zero3"] = key(
+        "none",
+        "zero3: no process holds the whole base; the weights are split over the processes of a group and gathered "
+        "module by module, by DeepSpeed's ZeRO-3 (pip install 'fedsim[deepspeed]'); slower, for bases that do not fit",
+    )
+    sharding_group_size: int | None = key(
+        None,
+        "processes that share one copy of the base under sharding; a divisor of their number; null: all of them",
+        "processes",
+        ge=2,
+    )
+    offload: Literal["none", "cpu"] = key(
+        "none", "under sharding, cpu: keep the parts in main memory, and gather on the GPU"
+    )
+    max_memory_gib: float | None = key(
+        None,
+        "refuse a base whose weights, or this process's part of them, take more; null: no limit",
+        "GiB",
+        gt=0,
+    )
     cpu_linear: Literal["auto", "torch", "onednn"] = key(
         "auto",
         "products with the frozen weights on a CPU: torch's own, or oneDNN's with weights packed once, which takes "

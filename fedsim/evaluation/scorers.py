@@ -138,7 +138,8 @@ class PackedScorer:
         self._model.attach(rows)
         try:
             with torch.no_grad(), self._model.planned(plan):
-                losses = self._model.label_losses(packed).double().cpu().numpy()
+                measured = self._model.passes.run("test", lambda: self._model.label_losses(packed))
+                losses = measured.double().cpu().numpy()
         finally:
             self._model.attach(None)
         sizes = [len(part) for part in parts]

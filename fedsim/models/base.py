@@ -16,6 +16,12 @@ from fedsim.models.embedded import embedded_base_folder
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
 from fedsim.models.quantized import Quantization, check_available, loading_options, replace_quantized
 from fedsim.models.quiet import quiet_transformers
+from fedsim.models.sharding import (
+    ShardingGroup,
+    check_memory,
+    load_sharded,
+    sharded_fingerprint,
+)
 from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
 
 HASHED_BYTES = 2**20
@@ -38,6 +44,7 @@ class BaseModel:
         source: hub id or local folder from which transformers loads it; that of the cache for the embedded base.
         dtype: of the weights.
         fingerprint: hash of names, shapes and values; equal on two processes if they hold the same base.
+        sharding: the processes that share the weights; None if this one has them all.
     """
 
     model: nn.Module
@@ -47,10 +54,15 @@ class BaseModel:
     source: str
     dtype: torch.dtype
     fingerprint: str
+    sharding: ShardingGroup | None = None
 
 
-def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
+def build_base(
+    config: ModelConfig, device: torch.device | str, sharding: ShardingGroup | None = None
+) -> BaseModel:
     """Load the base model onto `device`, frozen. The embedded one is trained first if it is not in the cache.
+
+    With `sharding` all ranks of the group load it together, each its part.
 
     Raises:
         ModelError: the model or its tokenizer cannot be found, read or used, or they do not fit each other; its
@@ -63,7 +75,10 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
     dtype = choose_dtype(config.dtype, device)
     check_available(config.quantization)
     tokenizer = build_tokenizer(config)
-    folder = embedded_base_folder() if config.name_or_path == EMBEDDED else _locate_weights(config)
+    folder = locate_base(config)
+    check_memory(folder, config.name_or_path, dtype, config.max_memory_gib, sharding.size if sharding else 1)
+    if sharding is not None:
+        return _build_sharded(config, device, dtype, tokenizer, folder, sharding)
     model = load_frozen(
         folder,
         config.name_or_path,
@@ -79,6 +94,33 @@ def build_base(config: ModelConfig, device: torch.device | str) -> BaseModel:
     return BaseModel(
         model, tokenizer, padding_id(tokenizer), config.name_or_path, source, dtype, fingerprint(model)
     )
+
+
+def locate_base(config: ModelConfig) -> Path:
+    """The folder with the files of the base on this machine, fetched or made if they are not there.
+
+    Raises:
+        ModelError, ConfigError, DataError, CacheError: as `build_base`.
+    """
+    return embedded_base_folder() if config.name_or_path == EMBEDDED else _locate_weights(config)
+
+
+def _build_sharded(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    folder: Path,
+    sharding: ShardingGroup,
+) -> BaseModel:
+    name = config.name_or_path
+    model_config = read_model_config(folder, name, config.trust_remote_code)
+    untyped: Any = load_sharded(folder, model_config, name, dtype, device, sharding)
+    rows = untyped.get_input_embeddings().num_embeddings
+    check_tokenizer_fits(tokenizer, rows, config.tokenizer or name, name)
+    mark = sharded_fingerprint(untyped, _content, hashlib.blake2b(digest_size=16))
+    source = str(folder) if name == EMBEDDED else name
+    return BaseModel(untyped, tokenizer, padding_id(tokenizer), name, source, dtype, mark, sharding)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -55,7 +55,8 @@ def packing_problem(stacked: StackedModel, alone: list[Tensor], max_tokens: int)
                 positions[None].to(stacked.device),
                 **{LAYOUT_ARGUMENT: layout_of(lengths, stacked.device)},
             )
-            packed = stacked.head.logits(body[0])
+            with stacked.head.whole():
+                packed = stacked.head.logits(body[0])
     except (
         Exception
     ) as error:  # whatever an unknown architecture raises, the answer is that it cannot be packed

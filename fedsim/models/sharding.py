@@ -15,12 +15,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, final
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fedsim.data.tokens import TokenStore
 from fedsim.errors import LostRankError, ModelError
+from fedsim.models.packing import pack_tokens
 from fedsim.models.passes import Kind
+from fedsim.models.rows import RankRows
+from fedsim.models.stacked import StackedModel, StepPlan, plan_products
 
 T = TypeVar("T")
 
@@ -46,7 +51,11 @@ class LockstepPasses:
     """
 
     def __init__(
-        self, shell: nn.Module, group: "dist.ProcessGroup", device: torch.device, empty: Callable[[Kind], None]
+        self,
+        shell: nn.Module,
+        group: "dist.ProcessGroup",
+        device: torch.device,
+        empty: Callable[[Kind], None],
     ) -> None:
         self._shell = shell
         self._group = group
@@ -142,8 +151,44 @@ class ShardedHead:
         return None if self._linear.bias is None else self._linear.bias.detach()
 
 
+def check_memory(folder: Path, name: str, dtype: torch.dtype, most_gib: float | None, size: int) -> None:
+    """Refuse weights that do not fit, before they are loaded.
+
+    Args:
+        folder: with the weights; only those in safetensors format can be counted.
+        name: the value of `model.name_or_path`, for messages.
+        dtype: that the weights will have.
+        most_gib: limit for a process; None for none.
+        size: processes that share the weights.
+
+    Raises:
+        ModelError: a process's part takes more than the limit.
+    """
+    if most_gib is None:
+        return
+    from safetensors import safe_open
+
+    values = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    needed_gib = values * dtype.itemsize / size / 2**30
+    if needed_gib > most_gib:
+        more = math.ceil(needed_gib * size / most_gib)
+        advice = "set model.sharding=zero3 and start" if size == 1 else "start"
+        raise ModelError(
+            f"model.name_or_path={name}: its weights take {needed_gib:.2f} GiB a process in {dtype}, more than "
+            f"model.max_memory_gib={most_gib:g}; {advice} at least {more} processes, or choose a smaller model.dtype"
+        )
+
+
 def load_sharded(
-    folder: Path, model_config: Any, name: str, dtype: torch.dtype, device: torch.device, ranks: "ShardingGroup"
+    folder: Path,
+    model_config: Any,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: "ShardingGroup",
 ) -> nn.Module:
     """The frozen model of which this rank holds a part, without ever holding it whole.
 
@@ -194,8 +239,8 @@ def _read_part(
     """Copy this rank's part of a tensor from its file."""
     if path not in tensors:
         raise ModelError(
-            f"model.name_or_path={name}: {folder} has no tensor {path}; with {KEY}=zero3 the files must have the layout "
-            "that save_pretrained of transformers writes: load the model once and save it again"
+            f"model.name_or_path={name}: {folder} has no tensor {path}; with {KEY}=zero3 the files must have the "
+            "layout that save_pretrained of transformers writes: load the model once and save it again"
         )
     whole = _tensor(tensors[path], path)
     if tuple(whole.shape) != tuple(parameter.ds_shape):
@@ -214,7 +259,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Name of each tensor -> its file."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= dict.fromkeys(file.keys(), path)
@@ -301,6 +346,33 @@ class ShardingGroup:
         return 0
 
 
+def run_in_lockstep(stacked: StackedModel, ranks: ShardingGroup, store: TokenStore) -> None:
+    """Let the passes of a model on a sharded base be run by the ranks of its group together.
+
+    Args:
+        stacked: on a base of `load_sharded`.
+        ranks: that share the weights.
+        store: of which the shortest example stands in an empty pass.
+    """
+    shell = watch_passes(stacked.model, ranks)
+    shortest = np.array([int(np.argmin(store.num_tokens))])
+
+    def empty(kind: Kind) -> None:
+        rows = RankRows(stacked.targets, [1], torch.float32, stacked.device)
+        packed = pack_tokens(store, [shortest], stacked.device)
+        plan = StepPlan(plan_products(rows, packed, [0], stacked.dtype))
+        trains = kind == "train"
+        with stacked.aside(), torch.set_grad_enabled(trains):
+            stacked.attach(rows)
+            with stacked.planned(plan):
+                weights = torch.ones(len(packed.label_targets), device=stacked.device) if trains else None
+                losses = stacked.label_losses(packed, weights)
+                if trains:
+                    losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    stacked.passes = LockstepPasses(shell, ranks.group, stacked.device, empty)
+
+
 def watch_passes(model: nn.Module, ranks: ShardingGroup) -> Shell:
     """Let DeepSpeed gather and drop the weights of a model of `load_sharded` as passes go through it."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -308,7 +380,9 @@ def watch_passes(model: nn.Module, ranks: ShardingGroup) -> Shell:
     shell = Shell(model)
     engine, *_ = _deepspeed().initialize(model=shell, config=deepspeed_settings(ranks.offload), mpu=ranks)
     if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
-        raise ModelError(f"{KEY}=zero3: DeepSpeed did not split the base, but made {type(engine.optimizer).__name__}")
+        raise ModelError(
+            f"{KEY}=zero3: DeepSpeed did not split the base, but made {type(engine.optimizer).__name__}"
+        )
     watched: Shell = engine.module
     object.__setattr__(watched, "engine", engine)  # whose hooks live as long as it does
     return watched

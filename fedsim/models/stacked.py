@@ -16,8 +16,8 @@ from fedsim.lora.plan import BOTH, Sides
 from fedsim.models.dropout import feature_keys, keep_mask, keyed_base_dropout, no_base_dropout
 from fedsim.models.head import Head, frozen_cross_entropy, make_head
 from fedsim.models.packing import ATTENTION, LAYOUT_ARGUMENT, PackedTokens, register_packed_attention
-from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
 from fedsim.models.passes import FreePasses, Passes
+from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
 from fedsim.models.rows import RankRows
 from fedsim.models.targets import set_module
 

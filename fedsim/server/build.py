@@ -38,6 +38,7 @@ from fedsim.models.architecture import max_positions_of
 from fedsim.models.base import BaseModel
 from fedsim.models.base_update import UpdatableBase
 from fedsim.models.generate import GreedyGenerator, stop_tokens
+from fedsim.models.passes import FreePasses
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.seeding import numpy_generator
@@ -122,6 +123,7 @@ def build_run(
         privacy=_accountant(config, cohort),
         participation=build_participation(config, tiers),
         screening=_screening(config),
+        passes=model.passes if isinstance(model, StackedModel) else FreePasses(),
         corruption=_corruption(config),
         most_waiting_bytes=most_waiting_bytes(
             config.training.pack.keep_updates_on,
@@ -285,6 +287,11 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
         raise ConfigError(
             f"model.quantization must be none with strategy.name={strategy.name}, which changes the weights of the "
             f"base, got '{config.model.quantization}'"
+        )
+    if traits.changes_base and config.model.sharding != "none":
+        raise ConfigError(
+            f"model.sharding must be none with strategy.name={strategy.name}, which changes the weights of the base, "
+            f"got '{config.model.sharding}'"
         )
     if config.run.merged_model and not traits.has_global_model:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Which trainer and which scorer a run uses."""
 
 import logging
+from typing import Any
 
 from fedsim.comm.group import Group
 from fedsim.config.schema import Config
@@ -11,6 +12,7 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.base import BaseModel
 from fedsim.models.cpu_linear import choose_cpu_linear, linear_shapes, prepack_frozen_linears
 from fedsim.models.pack_check import alone_logits, packing_problem, undivided_randomness
+from fedsim.models.sharding import ShardedHead, ShardingGroup, run_in_lockstep
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.training.packed import PackedTrainer
@@ -41,6 +43,8 @@ def build_engine(
             is not to be had.
     """
     targets = find_targets(base.model, config.lora.target_modules)
+    if base.sharding is not None:
+        return _sharded(config, group, base, base.sharding, targets, store)
     if choose_cpu_linear(config.model.cpu_linear, group.device, base.dtype, linear_shapes(base.model)):
         report = prepack_frozen_linears(base.model, skip=list(targets) if changes_base else ())
         logger.info(
@@ -64,6 +68,33 @@ def build_engine(
         adapted, store, base.pad_id, config.training.on_not_finite == "drop", process_rank=group.rank
     )
     return trainer, PaddedScorer(adapted, base.pad_id), adapted
+
+
+def _sharded(
+    config: Config,
+    group: Group,
+    base: BaseModel,
+    sharding: ShardingGroup,
+    targets: dict[str, tuple[int, int]],
+    store: TokenStore,
+) -> tuple[Trainer, Scorer, StackedModel]:
+    """As `_packed`, on a base of which each process of a group has a part."""
+    untyped: Any = base.model
+    stacked = StackedModel(
+        base.model,
+        targets,
+        group.device,
+        ShardedHead(untyped.get_output_embeddings()),
+        config.training.gradient_checkpointing,
+    )
+    run_in_lockstep(stacked, sharding, store)
+    with stacked.unwrapped() as plain:
+        alone = stacked.passes.run("test", lambda: alone_logits(plain, group.device))
+    problem = stacked.passes.run("test", lambda: packing_problem(stacked, alone, config.data.max_tokens))
+    if problem is not None:
+        raise ModelError(f"model.sharding must be none for {base.name}, got 'zero3': {problem}")
+    logger.info("model.sharding: the base is split over %d processes", sharding.size)
+    return _packed(config, group, stacked, store)
 
 
 def _try_packed(

@@ -21,6 +21,7 @@ from fedsim.lora.plan import Client, ClientPlan, sides_bytes
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.models.base_update import UpdatableBase
+from fedsim.models.passes import FreePasses, Passes
 from fedsim.server.aggregation import Aggregator
 from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.client_store import ClientStore
@@ -119,6 +120,7 @@ class Run:
         most_waiting_bytes: of trained adapters that wait on the device for the end of the round; the rest leave it.
         watch: is told how the round goes on.
         costs: what packs have cost so far.
+        passes: through which the base is used.
     """
 
     group: Group
@@ -149,6 +151,7 @@ class Run:
     most_waiting_bytes: float = math.inf
     watch: Watch = field(default_factory=NoWatch)
     costs: PackCosts = field(default_factory=PackCosts)
+    passes: Passes = field(default_factory=FreePasses)
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
@@ -364,7 +367,7 @@ def measure_global(run: Run, state: ServerState, what: str) -> LossSums:
     """Loss sums of the global test set, measured by all ranks together; equal bits for any number of them."""
     mine = range(run.group.rank, len(run.global_test.batches), run.group.world_size)
     measured: dict[int, LossSums] = {}
-    with all_or_none(run.group, what):
+    with all_or_none(run.group, what), run.passes.phase():
         measured = run.global_test.measure(run.strategy.export(state), mine)
     everywhere = run.group.gather_objects(measured)
     return merge_batches({index: sums for part in everywhere for index, sums in part.items()})
@@ -399,10 +402,11 @@ def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Traine
     done = _Trained()
     num_clients = sum(len(pack.jobs) for pack in packs)
     received: dict[int, AdapterState] = {}  # by tier: what travels is cut to a tier's ranks once
-    for pack in packs:
-        _train_pack(state, run, pack, received, done)
-        tokens = sum(report.trained_tokens for report in done.reports)
-        run.watch.clients_done(len(done.reports), num_clients, tokens)
+    with run.passes.phase():
+        for pack in packs:
+            _train_pack(state, run, pack, received, done)
+            tokens = sum(report.trained_tokens for report in done.reports)
+            run.watch.clients_done(len(done.reports), num_clients, tokens)
     return done
 
 

@@ -7,6 +7,7 @@ gradient, clipping, schedule and optimizer state. A client ends where it would h
 Letters: S = slots, T = tokens of a packed row, n = label tokens in it.
 """
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -311,9 +312,8 @@ class PackedTrainer:
             )
             dropout = self._base_dropout(parts, round_index)
             with self.model.planned(plan):
-                losses = self.model.passes.run(
-                    "train", lambda: self._there_and_back(packed, weights, dropout)
-                )
+                there_and_back = functools.partial(self._there_and_back, packed, weights, dropout)
+                losses = self.model.passes.run("train", there_and_back)
             owner = torch.tensor(members, device=self.model.device)
             totals.index_add_(0, owner[packed.owner_of_label], losses.double())
         self._row = (0, 0)
