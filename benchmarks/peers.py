@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def main() -> int:
             keys = write_workload(folder, *WORKLOADS[name], rounds=WARM_UP + options.rounds)
             runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("fedsim", *pythons)}
             for repeat in range(options.repeats):
-                for side in runs:
+                for side, done in runs.items():
                     out = folder / f"{side}-{repeat}"
                     out.mkdir()
                     command = (
@@ -92,7 +93,7 @@ def main() -> int:
                         failed[f"{name}/{side}"] = str(error)
                         print(f"{name} {side}: failed: {error}", flush=True)
                         continue
-                    runs[side].append({**run, "adapter": _adapter(side, out)})
+                    done.append({**run, "adapter": _adapter(side, out)})
                     if side != "fedsim":
                         versions[side] = json.loads((out / "versions.json").read_text(encoding="utf-8"))
             rows += _report(name, runs)
@@ -274,7 +275,7 @@ def measure(command: list[str], rounds_file: Path, num_rounds: int) -> dict[str,
                 f"exit code {process.returncode}, {len(marks)} of {num_rounds} rounds: {_last_line(log.read())}"
             )
     after = marks[WARM_UP - 1 :]
-    pairs = list(zip(after, after[1:], strict=False))
+    pairs = list(pairwise(after))
     return {
         "wall_s": [end[0] - start[0] for start, end in pairs],
         "cpu_s": [end[1] - start[1] for start, end in pairs],

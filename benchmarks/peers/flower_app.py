@@ -14,8 +14,7 @@ import torch
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER))
 
-from workload import build_model, end_of_round, read_workload, save_result, train_client, trained  # noqa: E402
-from workload import write_versions  # noqa: E402
+import workload as shared  # noqa: E402
 
 WORKLOAD = "FEDSIM_PEERS_WORKLOAD"
 
@@ -23,9 +22,9 @@ WORKLOAD = "FEDSIM_PEERS_WORKLOAD"
 @cache
 def kept() -> tuple[Any, Any, dict[str, torch.nn.Parameter]]:
     """Workload, model and adapter of this process."""
-    workload = read_workload(Path(os.environ[WORKLOAD]))
-    model = build_model(workload)
-    return workload, model, trained(model)
+    workload = shared.read_workload(Path(os.environ[WORKLOAD]))
+    model = shared.build_model(workload)
+    return workload, model, shared.trained(model)
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
 
     folder, out = sys.argv[1], Path(sys.argv[2])
     os.environ[WORKLOAD] = folder
-    write_versions(out, "flwr", "ray")
+    shared.write_versions(out, "flwr", "ray")
     workload, _, live = kept()
     names = list(live)
     num_clients, num_rounds = workload.num_clients, len(workload.rounds)
@@ -59,20 +58,22 @@ def main() -> None:
                 for value, received in zip(live.values(), parameters, strict=True):
                     value.copy_(torch.from_numpy(received))
             steps = workload.rounds[config["round"]][self.client]
-            flower_app.train_client(model, steps, workload.settings)
+            flower_app.shared.train_client(model, steps, workload.settings)
             num_examples = workload.settings["client_examples"][self.client]
             return [value.detach().numpy() for value in live.values()], num_examples, {}
 
     def client_fn(context: Context) -> Any:
         return Client(int(context.node_config["partition-id"])).to_client()
 
-    def after_round(server_round: int, parameters: Any, config: Any) -> None:
+    def after_round(server_round: int, parameters: Any, _: Any) -> None:
         if server_round > 0:
-            end_of_round(out)
+            shared.end_of_round(out)
         if server_round == num_rounds:
-            save_result(out, {n: torch.from_numpy(p.copy()) for n, p in zip(names, parameters, strict=True)})
+            shared.save_result(
+                out, {n: torch.from_numpy(p.copy()) for n, p in zip(names, parameters, strict=True)}
+            )
 
-    def server_fn(context: Context) -> Any:
+    def server_fn(_: Context) -> Any:
         strategy = FedAvg(
             fraction_fit=1.0,
             fraction_evaluate=0.0,

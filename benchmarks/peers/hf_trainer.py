@@ -43,7 +43,7 @@ def main() -> None:
     from transformers import Trainer, TrainingArguments
 
     class InOrderTrainer(Trainer):
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     if rank == 0:

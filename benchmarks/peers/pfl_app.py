@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from workload import (
     Step,
-    Workload,
     arguments,
     build_model,
     end_of_round,
     make_optimizer,
     save_result,
     trained,
+    write_versions,
 )
-from workload import write_versions
 
 
 class WithLoss(torch.nn.Module):
@@ -32,7 +31,7 @@ class WithLoss(torch.nn.Module):
     def loss(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
 
-    def metrics(self, **batch: Any) -> dict[str, Any]:
+    def metrics(self, **_: Any) -> dict[str, Any]:
         """Nothing; pfl asks for it in the first round, whatever the frequency, and that one is warm-up."""
         from pfl.metrics import Weighted
 
@@ -48,7 +47,7 @@ def main() -> None:
     from pfl.data.dataset import Dataset
     from pfl.data.federated_dataset import FederatedDataset
     from pfl.data.sampling import get_user_sampler
-    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.hyperparam import NNTrainHyperParams
     from pfl.internal.ops.selector import get_framework_module
     from pfl.model.pytorch import PyTorchModel
 
@@ -62,7 +61,7 @@ def main() -> None:
         def __len__(self) -> int:
             return sum(len(step["input_ids"]) for step in self.steps)
 
-        def iter(self, batch_size: int | None) -> Iterable[Step]:
+        def iter(self, batch_size: int | None) -> Iterable[Step]:  # noqa: ARG002
             return iter(self.steps)
 
     rank = get_framework_module().distributed.global_rank
@@ -83,7 +82,7 @@ def main() -> None:
     live = trained(model)
     pfl_model = PyTorchModel(
         model,
-        local_optimizer_create=lambda parameters, lr: make_optimizer(list(live.values()), settings),
+        local_optimizer_create=lambda *_, **__: make_optimizer(list(live.values()), settings),
         central_optimizer=torch.optim.SGD(list(live.values()), lr=1.0),
     )
     users = list(range(workload.num_clients))
