@@ -22,10 +22,12 @@ first, one JSON object is the last line.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -260,14 +262,18 @@ def measure(command: list[str], rounds_file: Path, num_rounds: int) -> dict[str,
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "FLWR_TELEMETRY_ENABLED": "0"}
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+        )
         marks: list[tuple[float, float]] = []
         began = time.monotonic()
-        while process.poll() is None and time.monotonic() - began < TIMEOUT_S:
-            _mark(rounds_file, marks, process.pid)
-            time.sleep(0.01)
-        if process.poll() is None:
-            process.kill()
+        try:
+            while process.poll() is None and time.monotonic() - began < TIMEOUT_S:
+                _mark(rounds_file, marks, process.pid)
+                time.sleep(0.01)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if process.returncode != 0 or len(marks) != num_rounds:
             log.seek(0)
