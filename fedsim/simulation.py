@@ -16,12 +16,14 @@ from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
+from fedsim.comm.sharding import ShardingGroup
 from fedsim.config.loader import SAFE_KEYS, EstimateOptions, complete_tree, to_tree, to_yaml
 from fedsim.config.paths import is_there, local_path
 from fedsim.config.schema import Config
 from fedsim.data.build import FederatedData, build_data
 from fedsim.errors import (
     CheckpointError,
+    ConfigError,
     FedsimError,
     ModelError,
     PeerError,
@@ -39,7 +41,6 @@ from fedsim.models.base import BaseModel, build_base, locate_base
 from fedsim.models.description import BaseDescription, describe_base
 from fedsim.models.merged import save_merged_model
 from fedsim.models.quantized import check_available
-from fedsim.models.sharding import ShardingGroup
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server.build import (
     build_cohort_policy,
@@ -111,6 +112,11 @@ def estimate(config: Config, group: Group, options: EstimateOptions) -> str:
     Raises:
         PeerError, FedsimError: the run would fail, or the options contradict it.
     """
+    if options.probe and config.model.sharding != "none":
+        raise ConfigError(
+            f"--probe needs model.sharding=none, since it runs on the whole base, got '{config.model.sharding}'; leave "
+            "it out for an estimate from shapes"
+        )
     device = build_device(config, group, options.gpu, options.processes, options.probe)
     summary, _ = _prepare_data(config, group)
     estimated = build_estimate(config, group, summary, device, options.probe)
@@ -176,7 +182,9 @@ def _load_base(config: Config, group: Group) -> BaseModel:
     base: BaseModel | None = None
     with all_or_none(group, "loading the base model"):
         size = config.model.sharding_group_size
-        sharding = ShardingGroup(group.rank, group.world_size, size, config.model.offload == "cpu")
+        sharding = ShardingGroup(
+            group.rank, group.world_size, group.device, size, config.model.offload == "cpu"
+        )
         base = build_base(config.model, group.device, sharding)
     assert base is not None
     return base

@@ -15,7 +15,10 @@ MAY_CATCH_ALL = {
 }
 """File -> why it may catch every exception without raising one."""
 
-DOORS = {"describe_base": "says what build_base would load"}
+DOORS = {
+    "describe_base": "says what build_base would load",
+    "locate_base": "finds what build_base will load, on one process first",
+}
 """Function that reads a configuration though it is not called build_* -> why."""
 
 BROAD = {"Exception", "BaseException"}

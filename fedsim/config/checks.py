@@ -335,10 +335,12 @@ def _sharding(config: Config) -> Iterator[str]:
         yield f"training.trainer must be auto or packed {because}, got 'sequential'"
     if config.run.merged_model:
         yield f"run.merged_model must be false {because}, since no process holds the whole base, got true"
-    if config.evaluation.answers.metric == "generated":
+    if config.early_stopping.metric.startswith("validation"):
+        yield f"early_stopping.metric must not be of a validation {because}, got {show(config.early_stopping.metric)}"
+    if config.evaluation.answers.metric != "off":
         yield (
-            f"evaluation.answers.metric must not be generated {because}: texts of different lengths would keep the "
-            "processes out of step"
+            f"evaluation.answers.metric must be off {because}, since texts of different lengths keep the processes "
+            f"out of step, got {show(config.evaluation.answers.metric)}"
         )
 
 

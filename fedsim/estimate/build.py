@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fedsim.comm.group import Group
-from fedsim.config.schema import Config
+from fedsim.config.schema import Config, ModelConfig
 from fedsim.data.batches import length_batches
 from fedsim.errors import ConfigError, ModelError
 from fedsim.estimate.advice import Plan, advise
@@ -86,7 +86,9 @@ def build_estimate(
     targets = {module: (f.A.shape[1], f.B.shape[0]) for module, f in summary.adapter.items()}
     varlen = device.kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and HAS_VARLEN
     costs, problem = _costs(config, dtype, targets, copies_attention=not varlen)
-    costs = _quantized(config.model.quantization, costs, dtype)
+    costs = _split(
+        config.model, _quantized(config.model.quantization, costs, dtype), device.world_size, dtype
+    )
     padded = config.training.trainer == "sequential" or problem is not None
     plans = _plans(summary)
     workload = _workload(config, summary, device, targets, padded, _shares_start(summary, plans))
@@ -172,6 +174,15 @@ def _quantized(quantization: Quantization, costs: ModelCosts, dtype: torch.dtype
     saved = sum(o * i * dtype.itemsize - weight_bytes(quantization, o, i) for o, i in shapes)
     largest = max(o * i for o, i in shapes) * dtype.itemsize
     return replace(costs, parameter_bytes=costs.parameter_bytes - saved, dequantized_bytes=largest)
+
+
+def _split(model: ModelConfig, costs: ModelCosts, world_size: int, dtype: torch.dtype) -> ModelCosts:
+    """Costs of a base of which each process of a group has a part, and its largest module while that is used."""
+    if model.sharding == "none":
+        return costs
+    size = model.sharding_group_size or world_size
+    largest = max((o * i for o, i in costs.linear_shapes), default=0) * dtype.itemsize
+    return replace(costs, parameter_bytes=-(-costs.parameter_bytes // size) + largest)
 
 
 def _answer_batches(config: Config, summary: RunSummary) -> tuple[tuple[int, int], ...]:

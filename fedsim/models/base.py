@@ -17,7 +17,7 @@ from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSOR
 from fedsim.models.quantized import Quantization, check_available, loading_options, replace_quantized
 from fedsim.models.quiet import quiet_transformers
 from fedsim.models.sharding import (
-    ShardingGroup,
+    SharedBy,
     check_memory,
     load_sharded,
     sharded_fingerprint,
@@ -54,11 +54,11 @@ class BaseModel:
     source: str
     dtype: torch.dtype
     fingerprint: str
-    sharding: ShardingGroup | None = None
+    sharding: SharedBy | None = None
 
 
 def build_base(
-    config: ModelConfig, device: torch.device | str, sharding: ShardingGroup | None = None
+    config: ModelConfig, device: torch.device | str, sharding: SharedBy | None = None
 ) -> BaseModel:
     """Load the base model onto `device`, frozen. The embedded one is trained first if it is not in the cache.
 
@@ -111,7 +111,7 @@ def _build_sharded(
     dtype: torch.dtype,
     tokenizer: Any,
     folder: Path,
-    sharding: ShardingGroup,
+    sharding: SharedBy,
 ) -> BaseModel:
     name = config.name_or_path
     model_config = read_model_config(folder, name, config.trust_remote_code)

@@ -13,11 +13,10 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, Protocol, TypeVar, final
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fedsim.data.tokens import TokenStore
@@ -36,6 +35,37 @@ _NOTHING, _RANKED = 0, {"test": 1, "train": 2}
 logger = logging.getLogger(__name__)
 
 
+class SharedBy(Protocol):
+    """The ranks that share one copy of the base; `fedsim.comm.sharding.ShardingGroup` is one.
+
+    DeepSpeed asks more of it: what it calls a model parallel unit.
+    """
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """This one's place among them."""
+        ...
+
+    @property
+    def offload(self) -> bool:
+        """Whether the parts lie in main memory."""
+        ...
+
+    @property
+    def group(self) -> Any:
+        """Of torch.distributed."""
+        ...
+
+    def highest(self, value: int) -> int:
+        """The largest value that any of them gives; each of them calls it."""
+        ...
+
+
 @final
 class LockstepPasses:
     """Passes that the ranks of a sharding group run together.
@@ -45,21 +75,18 @@ class LockstepPasses:
 
     Args:
         shell: the module whose forward pass DeepSpeed watches.
-        group: ranks that share the base's weights.
-        device: of this rank.
+        ranks: that share the base's weights.
         empty: runs an empty pass of a kind; nothing of it is kept.
     """
 
     def __init__(
         self,
         shell: nn.Module,
-        group: "dist.ProcessGroup",
-        device: torch.device,
+        ranks: SharedBy,
         empty: Callable[[Kind], None],
     ) -> None:
         self._shell = shell
-        self._group = group
-        self._device = device
+        self._ranks = ranks
         self._empty = empty
         self.num_empty = 0
 
@@ -92,9 +119,7 @@ class LockstepPasses:
             self._run_empty(agreed)
 
     def _agree(self, wanted: int) -> int:
-        told = torch.tensor([wanted], device=self._device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        return int(told.item())
+        return self._ranks.highest(wanted)
 
     def _run_empty(self, agreed: int) -> None:
         self.num_empty += 1
@@ -188,7 +213,7 @@ def load_sharded(
     name: str,
     dtype: torch.dtype,
     device: torch.device,
-    ranks: "ShardingGroup",
+    ranks: SharedBy,
 ) -> nn.Module:
     """The frozen model of which this rank holds a part, without ever holding it whole.
 
@@ -234,7 +259,7 @@ def load_sharded(
 
 
 def _read_part(
-    parameter: Any, path: str, tensors: dict[str, Path], name: str, folder: Path, ranks: "ShardingGroup"
+    parameter: Any, path: str, tensors: dict[str, Path], name: str, folder: Path, ranks: SharedBy
 ) -> None:
     """Copy this rank's part of a tensor from its file."""
     if path not in tensors:
@@ -291,62 +316,7 @@ _KINDS: dict[torch.dtype, dict[str, Any]] = {
 }
 
 
-class ShardingGroup:
-    """The ranks that share one copy of the base.
-
-    Args:
-        rank: of this process.
-        world_size: number of processes.
-        size: ranks of a group; None for all.
-        offload: keep the parts in the memory of the CPU, and gather on the GPU.
-
-    Raises:
-        ModelError: the group's size does not divide the number of processes.
-    """
-
-    def __init__(self, rank: int, world_size: int, size: int | None, offload: bool) -> None:
-        self.size = world_size if size is None else size
-        if self.size < 2 or world_size % self.size:
-            raise ModelError(
-                f"{KEY}=zero3 needs a number of processes that is a multiple of model.sharding_group_size, which is at "
-                f"least 2, got {world_size} processes and groups of {self.size}; start another number, or set "
-                f"{KEY}=none"
-            )
-        self.index = rank % self.size
-        self.offload = offload
-        self.group: Any = None
-        for first in range(0, world_size, self.size):  # every rank takes part in making every group
-            group = dist.new_group(list(range(first, first + self.size)))
-            if first <= rank < first + self.size:
-                self.group = group
-
-    # what DeepSpeed asks of a "model parallel unit"; each rank is a data-parallel one of its group
-    def get_data_parallel_group(self) -> Any:
-        """Ranks that share the weights."""
-        return self.group
-
-    def get_data_parallel_world_size(self) -> int:
-        """How many."""
-        return self.size
-
-    def get_data_parallel_rank(self) -> int:
-        """The place among them."""
-        return self.index
-
-    def get_model_parallel_group(self) -> Any:
-        """Nobody splits a layer."""
-        return None
-
-    def get_model_parallel_world_size(self) -> int:
-        """Nobody splits a layer."""
-        return 1
-
-    def get_model_parallel_rank(self) -> int:
-        """Nobody splits a layer."""
-        return 0
-
-
-def run_in_lockstep(stacked: StackedModel, ranks: ShardingGroup, store: TokenStore) -> None:
+def run_in_lockstep(stacked: StackedModel, ranks: SharedBy, store: TokenStore) -> None:
     """Let the passes of a model on a sharded base be run by the ranks of its group together.
 
     Args:
@@ -370,10 +340,10 @@ def run_in_lockstep(stacked: StackedModel, ranks: ShardingGroup, store: TokenSto
                 if trains:
                     losses.sum().backward()  # type: ignore[no-untyped-call]
 
-    stacked.passes = LockstepPasses(shell, ranks.group, stacked.device, empty)
+    stacked.passes = LockstepPasses(shell, ranks, empty)
 
 
-def watch_passes(model: nn.Module, ranks: ShardingGroup) -> Shell:
+def watch_passes(model: nn.Module, ranks: SharedBy) -> Shell:
     """Let DeepSpeed gather and drop the weights of a model of `load_sharded` as passes go through it."""
     from deepspeed.runtime.zero import partitioned_param_coordinator
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload

@@ -12,7 +12,7 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.base import BaseModel
 from fedsim.models.cpu_linear import choose_cpu_linear, linear_shapes, prepack_frozen_linears
 from fedsim.models.pack_check import alone_logits, packing_problem, undivided_randomness
-from fedsim.models.sharding import ShardedHead, ShardingGroup, run_in_lockstep
+from fedsim.models.sharding import ShardedHead, SharedBy, run_in_lockstep
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.training.packed import PackedTrainer
@@ -74,7 +74,7 @@ def _sharded(
     config: Config,
     group: Group,
     base: BaseModel,
-    sharding: ShardingGroup,
+    sharding: SharedBy,
     targets: dict[str, tuple[int, int]],
     store: TokenStore,
 ) -> tuple[Trainer, Scorer, StackedModel]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedsim.errors import ModelError
-from fedsim.models.sharding import ShardingGroup, check_memory
+from fedsim.comm.sharding import ShardingGroup
+from fedsim.errors import ConfigError, ModelError
+from fedsim.models.sharding import check_memory
 from tests.faults.harness import start
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
 
@@ -150,5 +151,5 @@ def test_a_base_over_the_limit_is_refused_with_advice(inputs: Path) -> None:
 
 def test_groups_must_divide_the_processes() -> None:
     for world_size, size in ((1, None), (3, 2), (4, 3)):
-        with pytest.raises(ModelError, match=r"multiple of model\.sharding_group_size"):
-            ShardingGroup(0, world_size, size, False)
+        with pytest.raises(ConfigError, match=r"multiple of model\.sharding_group_size"):
+            ShardingGroup(0, world_size, torch.device("cpu"), size, False)

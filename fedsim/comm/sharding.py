@@ -1,0 +1,73 @@
+"""The processes that share one copy of a base that none of them holds whole."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fedsim.errors import ConfigError
+
+
+class ShardingGroup:
+    """The ranks that share one copy of the base.
+
+    Args:
+        rank: of this process.
+        world_size: number of processes.
+        device: of this process.
+        size: ranks of a group; None for all.
+        offload: keep the parts in the memory of the CPU, and gather on the GPU.
+
+    Raises:
+        ConfigError: the group's size does not divide the number of processes.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, device: torch.device, size: int | None, offload: bool
+    ) -> None:
+        self.size = world_size if size is None else size
+        if self.size < 2 or world_size % self.size:
+            raise ConfigError(
+                "model.sharding=zero3 needs a number of processes that is a multiple of model.sharding_group_size, at "
+                f"least 2, got {world_size} processes and groups of {self.size}; start another number, or set "
+                f"model.sharding=none"
+            )
+        self.index = rank % self.size
+        self.offload = offload
+        self._device = device
+        self.group: Any = None
+        for first in range(0, world_size, self.size):  # every rank takes part in making every group
+            group = dist.new_group(list(range(first, first + self.size)))
+            if first <= rank < first + self.size:
+                self.group = group
+
+    def highest(self, value: int) -> int:
+        """The largest value that any of them gives; each of them calls it."""
+        told = torch.tensor([value], device=self._device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group)
+        return int(told.item())
+
+    # what DeepSpeed asks of a "model parallel unit"; each rank is a data-parallel one of its group
+    def get_data_parallel_group(self) -> Any:
+        """Ranks that share the weights."""
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many."""
+        return self.size
+
+    def get_data_parallel_rank(self) -> int:
+        """The place among them."""
+        return self.index
+
+    def get_model_parallel_group(self) -> Any:
+        """Nobody splits a layer."""
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        """Nobody splits a layer."""
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        """Nobody splits a layer."""
+        return 0
