@@ -478,6 +478,8 @@ def _draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
             if section == "clients":
                 axes.set_xscale("log")
+            else:
+                axes.set_xticks([row[x] for row in shown])
         folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / "scaling.png", dpi=DPI)
 
