@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from fedsim.tracking.environment import describe_environment
 
@@ -336,7 +337,8 @@ def _fit(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     cores = os.cpu_count() or 1
     training = np.array([row["train_s"] * min(row["processes"], cores) for row in plain])
     tokens = np.array([row["tokens"] for row in plain], dtype=float)
-    (by_token, by_client), *_ = np.linalg.lstsq(np.stack([tokens, clients], 1), training, rcond=None)
+    # rates cannot be negative; with clients of about equal size the two tell the same, and one of them takes it all
+    (by_token, by_client), _ = nnls(np.stack([tokens, clients], 1), training)
     return {
         "outside_fixed_s": float(fixed),
         "outside_s_per_client": float(serial),
@@ -469,11 +471,12 @@ def _draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
             ),
             (panels[2], "clients", "clients", "rss_mib", ("clients of the federation", "MiB a process")),
         ):
-            shown = sorted(
-                (row for row in rows if row["section"] in (section, "clients" if section == "cohort" else section)
-                 and (section != "cohort" or row["clients"] >= 1_000)),
-                key=lambda row: row[x],
-            )  # fmt: skip
+            largest = max(row["clients"] for row in rows)
+            sections = ("cohort", "clients") if section == "cohort" else (section,)
+            chosen = [row for row in rows if row["section"] in sections]
+            if section == "cohort":
+                chosen = [row for row in chosen if row["clients"] == largest]
+            shown = sorted(chosen, key=lambda row: row[x])
             axes.plot([row[x] for row in shown], [row[y] for row in shown], **look(0))
             axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
             if section == "clients":
