@@ -88,7 +88,6 @@ class LockstepPasses:
         self._shell = shell
         self._ranks = ranks
         self._empty = empty
-        self.num_empty = 0
 
     def run(self, kind: Kind, work: Callable[[], T]) -> T:
         """See `Passes`.
@@ -122,7 +121,6 @@ class LockstepPasses:
         return self._ranks.highest(wanted)
 
     def _run_empty(self, agreed: int) -> None:
-        self.num_empty += 1
         kind: Kind = "train" if agreed == _RANKED["train"] else "test"
         self._pass(lambda: self._empty(kind))
 
@@ -389,14 +387,6 @@ def sharded_fingerprint(model: nn.Module, content: Callable[[Tensor], bytes], di
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(content(tensor))
     return str(digest.hexdigest())
-
-
-def whole_bytes(model: nn.Module) -> int:
-    """Bytes of the weights of all ranks of a group together, or of an unsharded model."""
-    return sum(
-        math.prod(getattr(parameter, "ds_shape", parameter.shape)) * parameter.element_size()
-        for parameter in model.parameters()
-    )
 
 
 def _deepspeed() -> Any:
