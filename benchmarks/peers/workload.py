@@ -66,9 +66,10 @@ def build_model(workload: Workload) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    base = AutoModelForCausalLM.from_pretrained(workload.folder / "model", dtype=torch.float32)
+    dtype = getattr(torch, workload.settings["dtype"])
+    base = AutoModelForCausalLM.from_pretrained(workload.folder / "model", dtype=dtype)
     base.config.use_cache = False
-    return PeftModel.from_pretrained(base, str(workload.folder / "start"), is_trainable=True).train()
+    return PeftModel.from_pretrained(base, str(workload.folder / "start"), is_trainable=True).to(dtype).train()
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
