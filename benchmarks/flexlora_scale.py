@@ -27,18 +27,16 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from watching import MEMORY, Samples, cpu_name, watch
+
 WARM_UP = 2
 SETTINGS = (
     "data.instruction.format=client_lines",
@@ -62,13 +60,12 @@ SETTINGS = (
     "tracking.wandb.mode=disabled",
     "tracking.progress=off",
 )
-MEMORY = {"Rss": "rss_mib", "Private_Dirty": "own_mib"}
 GROWTH_LIMIT, RATIO_LIMIT, OUTSIDE_LIMIT = 0.03, 1.1, 0.1
 
 
 def main() -> int:
     options = _parse()
-    print(f"{_cpu()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{cpu_name()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print(f"{options.processes} processes, {options.cohort} clients a round, {options.rounds} rounds\n")
     print(
         "clients  setup s  s/round  training  gathering  aggregating  evaluating   other  RSS MiB  own MiB   growth  "
@@ -88,7 +85,7 @@ def main() -> int:
     missed = _missed(rows)
     print("\n" + ("\n".join(missed) if missed else "memory and time are within the limits"))
     record = {
-        "device": _cpu(),
+        "device": cpu_name(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "processes": options.processes,
@@ -158,7 +155,9 @@ def _measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
         ]
         began = time.monotonic()
         load = os.getloadavg()[0]
-        samples, arrivals = _watch(options.processes, keys, folder)
+        samples, arrivals = watch(
+            options.processes, keys, folder / "run" / "metrics.jsonl", folder / "output.txt"
+        )
         metrics = folder / "run" / "metrics.jsonl"
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {
@@ -192,57 +191,6 @@ def _linear_modules(model: str) -> tuple[str, ...]:
     return ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _watch(
-    processes: int, keys: Sequence[str], folder: Path
-) -> tuple[dict[int, dict[int, list[dict[str, float]]]], list[float]]:
-    """Run, and look at it ten times a second.
-
-    Returns:
-        round -> process -> its memory each time; and when the record of each round was there.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    metrics = folder / "run" / "metrics.jsonl"
-    samples: dict[int, dict[int, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    arrivals: list[float] = []
-    with (folder / "errors").open("wb") as errors:
-        run = subprocess.Popen(
-            [sys.executable, *torchrun, "-m", "fedsim.main", *keys],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
-        while run.poll() is None:
-            done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-            arrivals += [time.monotonic()] * (done - len(arrivals))
-            for process in _children(run.pid):
-                memory = _memory_of(process)
-                if memory:
-                    samples[done][process].append(memory)
-            time.sleep(0.1)
-    if run.returncode != 0:
-        sys.exit(f"the run failed:\n{(folder / 'errors').read_text(encoding='utf-8', errors='replace')}")
-    return samples, arrivals
-
-
-def _children(parent: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
-    except OSError:
-        return []
-    return [int(child) for child in text.split()]
-
-
-def _memory_of(process: int) -> dict[str, float]:
-    """In MiB; empty where the process has just ended."""
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    found = (line.split() for line in text.splitlines()[1:])
-    return {MEMORY[name[:-1]]: int(value) / 1024 for name, value, *_ in found if name[:-1] in MEMORY}
-
-
 def _times(records: Sequence[dict[str, Any]], arrivals: Sequence[float]) -> dict[str, float]:
     """Wall time of a round, and what it goes to; sums over the rounds that count, so that rarer work has its share."""
     counted = records[WARM_UP:]
@@ -264,7 +212,7 @@ def _times(records: Sequence[dict[str, Any]], arrivals: Sequence[float]) -> dict
     return {"round_s": statistics.median(walls), **shares, "other": 1.0 - sum(shares.values()), "idle": idle}
 
 
-def _memory(samples: dict[int, dict[int, list[dict[str, float]]]]) -> dict[str, float]:
+def _memory(samples: Samples) -> dict[str, float]:
     """MiB of a process in the later half of the rounds that count, and growth since the earlier half."""
     rounds = sorted(done for done in samples if done >= WARM_UP)[:-1]
     halves = rounds[: len(rounds) // 2], rounds[-(len(rounds) // 2) :]
@@ -278,15 +226,6 @@ def _memory(samples: dict[int, dict[int, list[dict[str, float]]]]) -> dict[str, 
     growth = max(mean(later, one, "own_mib") / mean(earlier, one, "own_mib") - 1.0 for one in processes)
     means = {kind: statistics.fmean(mean(later, one, kind) for one in processes) for kind in MEMORY.values()}
     return {**means, "growth": growth}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -38,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,23 @@ def main() -> int:
     parser.add_argument("--peers", nargs="*", choices=list(PACKAGES), default=list(PACKAGES))
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of a run")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side, in turns")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="timed runs of each side, in turns; 0 for the comparison of adapters alone",
+    )
     parser.add_argument(
         "--venvs", type=Path, default=ROOT / "build" / "peers", help="folder of the environments"
     )
     options = parser.parse_args()
-    if options.rounds < 1 or options.repeats < 1:
-        parser.error("at least 1 round and 1 repeat are needed")
+    if options.rounds < 1 or options.repeats < 0:
+        parser.error("at least 1 round is needed, and repeats must not be negative")
 
+    from fedsim.tracking.environment import describe_environment
+
+    machine = describe_environment(PROCESSES, sys.argv)
+    print(f"{machine['hardware']['cpu']}, {os.cpu_count()} cores; {PROCESSES} processes of 1 thread\n")
     pythons, failed = {}, {}
     for peer in options.peers:
         try:
@@ -77,45 +86,78 @@ def main() -> int:
         except subprocess.CalledProcessError as error:
             failed[peer] = f"cannot be installed: {_last_line(error.stderr)}"
             print(f"{peer}: {failed[peer]}")
-    print(f"{_cpu()}, {os.cpu_count()} cores; {PROCESSES} processes of 1 thread\n")
     rows: list[dict[str, Any]] = []
     versions: dict[str, Any] = {"fedsim": _own_versions()}
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.workloads:
-            folder = Path(temporary) / name
-            keys = write_workload(folder, *WORKLOADS[name], rounds=WARM_UP + options.rounds)
-            exact = folder / "float64"
-            exact_keys = write_workload(exact, *WORKLOADS[name], rounds=1, extra=("model.dtype=float64",))
-            runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("fedsim", *pythons)}
-            exact_adapters: dict[str, dict[str, Any]] = {}
-            for repeat in range(options.repeats + 1):
-                last = repeat == options.repeats
-                where, what = (exact, exact_keys) if last else (folder, keys)
-                for side, done in runs.items():
-                    out = where / f"{side}-{repeat}"
-                    out.mkdir()
-                    command = (
-                        _fedsim_command(what, out)
-                        if side == "fedsim"
-                        else peer_command(pythons[side], side, where, out)
-                    )
-                    try:
-                        run = measure(command, out / _rounds_file(side), 1 if last else WARM_UP + options.rounds)
-                    except RuntimeError as error:
-                        failed[f"{name}/{side}"] = str(error)
-                        print(f"{name} {side}: failed: {error}", flush=True)
-                        continue
-                    if last:
-                        exact_adapters[side] = _adapter(side, out)
-                        continue
-                    done.append({**run, "adapter": _adapter(side, out)})
-                    if side != "fedsim":
-                        versions[side] = json.loads((out / "versions.json").read_text(encoding="utf-8"))
-            rows += _report(name, runs, exact_adapters)
-    print(f"\nversions: {json.dumps(versions)}")
-    record = {"cpu": _cpu(), "cores": os.cpu_count(), "rounds": options.rounds, "repeats": options.repeats}
-    print(json.dumps({"benchmark": "peers", **record, "versions": versions, "failed": failed, "rows": rows}))
+            sides = [Side(side, pythons.get(side)) for side in ("fedsim", *pythons)]
+            run_workload(Path(temporary) / name, name, sides, options.rounds, options.repeats)
+            for side in sides:
+                versions |= {side.name: side.versions} if side.versions else {}
+                failed |= {f"{name}/{side.name}": side.failure} if side.failure else {}
+            rows += _report(name, sides)
+    print(f"versions: {json.dumps(versions)}")
+    record = {**machine, "rounds": options.rounds, "repeats": options.repeats, "peers": versions}
+    print(json.dumps({"benchmark": "peers", **record, "failed": failed, "rows": rows}))
     return 0
+
+
+@dataclass
+class Side:
+    """fedsim or a peer, and what was found out about it on one workload.
+
+    Attributes:
+        name: "fedsim" or that of the peer.
+        python: of its environment; None for fedsim.
+        timed: wall and CPU seconds of the rounds of each timed run.
+        adapter: at the end of the latest timed run.
+        exact: after one round in float64.
+        versions: of its packages.
+        failure: why it has not all of these.
+    """
+
+    name: str
+    python: Path | None
+    timed: list[dict[str, Any]] = field(default_factory=list)
+    adapter: dict[str, Any] | None = None
+    exact: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+    failure: str | None = None
+
+
+def run_workload(folder: Path, name: str, sides: list[Side], rounds: int, repeats: int) -> None:
+    """Fill in the sides: timed runs in turns, then one round in float64."""
+    timed, exact = folder / "timed", folder / "exact"
+    keys = write_workload(timed, *WORKLOADS[name], rounds=WARM_UP + rounds)
+    exact_keys = write_workload(exact, *WORKLOADS[name], rounds=1, extra=("model.dtype=float64",))
+    for repeat in range(repeats):
+        for side in sides:
+            run = _run_side(side, timed, keys, timed / f"{side.name}-{repeat}", WARM_UP + rounds)
+            if run is not None:
+                side.adapter = run.pop("adapter")
+                side.timed.append(run)
+    for side in sides:
+        run = _run_side(side, exact, exact_keys, exact / side.name, 1)
+        side.exact = run["adapter"] if run is not None else None
+
+
+def _run_side(side: Side, workload: Path, keys: list[str], out: Path, rounds: int) -> dict[str, Any] | None:
+    """One run of a side: what `measure` says, and the adapter. None, and a line, if it fails."""
+    out.mkdir()
+    command = (
+        _fedsim_command(keys, out)
+        if side.python is None
+        else peer_command(side.python, side.name, workload, out)
+    )
+    try:
+        run = measure(command, out / _rounds_file(side.name), rounds)
+    except RuntimeError as error:
+        side.failure = str(error)
+        print(f"{workload.parent.name} {side.name}: failed: {error}", flush=True)
+        return None
+    if side.python is not None:
+        side.versions = json.loads((out / "versions.json").read_text(encoding="utf-8"))
+    return {**run, "adapter": _adapter(side.name, out)}
 
 
 def environment(peer: str, venvs: Path) -> Path:
@@ -356,40 +398,39 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     return float((squares / whole) ** 0.5)
 
 
-def _report(
-    workload: str, runs: dict[str, list[dict[str, Any]]], exact: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _report(workload: str, sides: list[Side]) -> list[dict[str, Any]]:
     print(f"{workload:14s}   wall s   CPU s   x fedsim   lowest   highest   difference: float32    float64")
     rows: list[dict[str, Any]] = []
-    ours: dict[str, Any] | None = None
-    for side, done in runs.items():
-        if not done:
-            continue
-        walls = [statistics.median(run["wall_s"]) for run in done]
-        row: dict[str, Any] = {
-            "workload": workload,
-            "side": side,
-            "wall_s": statistics.median(walls),
-            "cpu_s": statistics.median([statistics.median(run["cpu_s"]) for run in done]),
-            "walls_s": walls,
-        }
-        if side == "fedsim":
-            ours = done[0]["adapter"]
-        if ours is not None:
-            theirs = done[-1]["adapter"]
-            row["ratio"] = row["wall_s"] / rows[0]["wall_s"] if rows else 1.0
-            row["relative"] = difference(ours, theirs)
-        if "fedsim" in exact and side in exact:
-            row["relative_float64"] = difference(exact["fedsim"], exact[side])
+    ours = sides[0]
+    for side in sides:
+        row: dict[str, Any] = {"workload": workload, "side": side.name}
+        if side.timed:
+            walls = [statistics.median(run["wall_s"]) for run in side.timed]
+            row |= {"wall_s": statistics.median(walls), "walls_s": walls}
+            row |= {"cpu_s": statistics.median([statistics.median(run["cpu_s"]) for run in side.timed])}
+            row |= {"lowest": min(walls), "highest": max(walls)}
+            if ours.timed:
+                row["ratio"] = row["wall_s"] / (rows[0] if rows else row)["wall_s"]
+        for key, mine, theirs in (
+            ("relative", ours.adapter, side.adapter),
+            ("relative_float64", ours.exact, side.exact),
+        ):
+            if mine is not None and theirs is not None:
+                row[key] = difference(mine, theirs)
         rows.append(row)
         print(
-            f"  {side:12s} {row['wall_s']:8.3f} {row['cpu_s']:7.2f} {row.get('ratio', float('nan')):10.2f} "
-            f"{min(walls):8.3f} {max(walls):9.3f} {row.get('relative', float('nan')):21.1e} "
-            f"{row.get('relative_float64', float('nan')):10.1e}",
+            f"  {side.name:12s} {_cell(row, 'wall_s', '8.3f')} {_cell(row, 'cpu_s', '7.2f')} "
+            f"{_cell(row, 'ratio', '10.2f')} {_cell(row, 'lowest', '8.3f')} {_cell(row, 'highest', '9.3f')} "
+            f"{_cell(row, 'relative', '21.1e')} {_cell(row, 'relative_float64', '10.1e')}",
             flush=True,
         )
     print()
     return rows
+
+
+def _cell(row: dict[str, Any], key: str, form: str) -> str:
+    """A figure, or a dash where there is none."""
+    return format(row[key], form) if key in row else "-".rjust(int(form.partition(".")[0]))
 
 
 def _own_versions() -> dict[str, str]:
@@ -402,15 +443,6 @@ def _last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     return (errors or lines or ["no output"])[-1].strip()[:300]
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ Local training includes the tests of each client before and after it.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from watching import cpu_name
 
 QUIET = ("tracking.wandb.mode=disabled", "tracking.progress=off", "checkpoint.keep_last=1")
 
@@ -37,7 +38,7 @@ def main() -> int:
     if options.rounds < 2 or min(options.processes) < 1:
         parser.error("at least 2 rounds and 1 process are needed")
 
-    print(f"{_cpu()}, {os.cpu_count()} cores\n")
+    print(f"{cpu_name()}, {os.cpu_count()} cores\n")
     print("processes   s/round   tokens/s   outside     idle   load before")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +63,7 @@ def main() -> int:
         "\nthe last test losses are equal" if len(losses) == 1 else f"\nTHE LAST TEST LOSSES DIFFER: {losses}"
     )
     record = {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "rounds": options.rounds,
         "rows": rows,
@@ -101,15 +102,6 @@ def _summary(path: Path) -> dict[str, Any]:
         "idle_share": median([one["ranks/idle_share"] for one in steady]),
         "test_loss": rounds[-1]["test/loss"],
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Rounds a second, overhead and memory against processes, clients, cohort and LoRA rank, and what they say of more.
 
-    python benchmarks/scaling.py [--sections ranks clients cohort rank tiers long projection] [--quick] [--figures DIR]
+    python benchmarks/scaling.py [--sections ranks clients ...] [--quick] [--figures DIR]
 
 Every row is a run of its own, started by torchrun in a temporary folder, one thread a process, on the base of the quick
 start. Clients hold paragraphs of this Python's standard library; the number that a client holds is log-normal (sigma 1,
-median 4, from 3 to 40), one local epoch, FedAvg. While a run goes on, this process reads /proc/PID/smaps_rollup of the
+median 4, from 3 to 40), one local epoch, FedAvg. The section `sizes` has other medians, so that the fit can tell what a
+token costs from what a client costs. While a run goes on, this process reads /proc/PID/smaps_rollup of the
 others and watches metrics.jsonl grow. The first two rounds warm up; the last one alone is evaluated; none of them is
 counted.
 
@@ -25,7 +26,6 @@ last line.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -40,11 +40,11 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import nnls
+from watching import ROOT, Samples, watch
 
 from fedsim.tracking.environment import describe_environment
 
-ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("ranks", "clients", "cohort", "rank", "tiers", "long", "projection")
+SECTIONS = ("ranks", "clients", "cohort", "sizes", "rank", "tiers", "long", "projection")
 WARM_UP = 2
 MEDIAN_TEXTS, FEWEST_TEXTS, MOST_TEXTS, SIGMA = 4.0, 3, 40, 1.0
 SETTINGS = (
@@ -62,7 +62,7 @@ SETTINGS = (
 TIERS = "lora.tiers=[{share: 0.8, rank: 2}, {share: 0.2, rank: 64}]"
 ALL_LINEAR = "lora.target_modules=[q_proj, k_proj, v_proj, out_proj, fc1, fc2]"
 HEADER = (
-    "          run  processes  clients  cohort  rank  setup s  s/round  clients/s  tokens/s  outside    idle  "
+    "          run  processes  clients  cohort  texts  rank  setup s  s/round  clients/s  tokens/s  outside    idle  "
     "by tokens  RSS MiB  own MiB   growth"
 )
 
@@ -123,12 +123,14 @@ def _parse() -> argparse.Namespace:
 def _runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What to measure; runs that two sections share are measured once, in the first."""
     less = 10 if options.quick else 1
-    common = {"processes": options.processes, "lora_rank": 2, "rounds": options.rounds, "more": ()}
+    common = {"processes": options.processes, "lora_rank": 2, "rounds": options.rounds}
+    common |= {"median": MEDIAN_TEXTS, "more": ()}
     seen = set()
     for section, settings in (
         *(("ranks", {"processes": count, "clients": 200, "cohort": 200}) for count in (1, 2, 4)),
         *(("clients", {"clients": count, "cohort": 100}) for count in (100, 1_000, 10_000)),
         *(("cohort", {"clients": 10_000, "cohort": count}) for count in (100, 300, 1_000)),
+        *(("sizes", {"clients": 200, "cohort": 200, "median": median}) for median in (1.0, 16.0)),
         *(("rank", {"clients": 10_000, "cohort": 300, "lora_rank": rank}) for rank in (2, 8, 32)),
         ("tiers", {"clients": 200, "cohort": 200, "more": ("strategy.name=flexlora", TIERS, ALL_LINEAR)}),
         ("long", {"clients": 1_000, "cohort": 100, "rounds": options.long_rounds}),
@@ -148,13 +150,14 @@ def _measure(
     clients: int,
     cohort: int,
     lora_rank: int,
+    median: float,
     rounds: int,
     more: Sequence[str],
 ) -> dict[str, Any]:
-    name = f"{section}-{processes}-{clients}-{cohort}-{lora_rank}"
-    corpus = folder / f"clients-{clients}.jsonl"
+    name = f"{section}-{processes}-{clients}-{cohort}-{lora_rank}-{median:g}"
+    corpus = folder / f"clients-{clients}-{median:g}.jsonl"
     if not corpus.exists():
-        _write_corpus(corpus, clients, MEDIAN_TEXTS)
+        _write_corpus(corpus, clients, median)
     keys = [
         f"data.source={corpus}",
         f"data.partition.num_clients={clients}",
@@ -168,7 +171,7 @@ def _measure(
         *more,
     ]
     load, began = os.getloadavg()[0], time.monotonic()
-    samples, arrivals = _watch(processes, keys, folder / name / "metrics.jsonl", folder / "output.txt")
+    samples, arrivals = watch(processes, keys, folder / name / "metrics.jsonl", folder / "output.txt")
     records = [
         json.loads(line)
         for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -183,6 +186,7 @@ def _measure(
         "clients": clients,
         "cohort": cohort,
         "lora_rank": lora_rank,
+        "median_texts": median,
         "load_before": load,
         "setup_s": arrivals[0] - records[0]["time/round_s"] - began,
         "round_s": wall,
@@ -213,60 +217,7 @@ def _idle_by_tokens(path: Path, processes: int, rounds: range) -> float:
     return float(np.median(shares))
 
 
-def _watch(
-    processes: int, keys: Sequence[str], metrics: Path, output: Path
-) -> tuple[dict[int, dict[int, list[dict[str, float]]]], list[float]]:
-    """Run, and look at it: for records fifty times a second, at its memory five times.
-
-    Returns:
-        rounds done -> process -> its memory each time; and when the record of each round was there.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    samples: dict[int, dict[int, list[dict[str, float]]]] = {}
-    arrivals: list[float] = []
-    with output.open("wb") as stream:
-        run = subprocess.Popen(
-            [sys.executable, *torchrun, "-m", "fedsim.main", *keys],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-        )
-        for look in itertools.count():
-            if run.poll() is not None:
-                break
-            done = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-            arrivals += [time.monotonic()] * (done - len(arrivals))
-            for process in _children(run.pid) if look % 10 == 0 else ():
-                memory = _memory_of(process)
-                if memory:
-                    samples.setdefault(done, {}).setdefault(process, []).append(memory)
-            time.sleep(0.02)
-    if run.returncode != 0:
-        sys.exit(f"the run failed:\n{output.read_text(encoding='utf-8', errors='replace')}")
-    return samples, arrivals
-
-
-def _children(parent: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
-    except OSError:
-        return []
-    return [int(child) for child in text.split()]
-
-
-def _memory_of(process: int) -> dict[str, float]:
-    """In MiB; empty where the process has just ended."""
-    try:
-        text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
-        return {}
-    found = (line.split() for line in text.splitlines()[1:])
-    names = {"Rss:": "rss_mib", "Private_Dirty:": "own_mib"}
-    return {names[name]: int(value) / 1024 for name, value, *_ in found if name in names}
-
-
-def _memory(samples: dict[int, dict[int, list[dict[str, float]]]], counted: range) -> dict[str, float]:
+def _memory(samples: Samples, counted: range) -> dict[str, float]:
     """Medians in MiB over the counted rounds, and growth over them; a record is there once its round is done."""
     rounds = [done for done in sorted(samples) if done in counted]
     processes = set.intersection(*(set(samples[done]) for done in rounds))
@@ -289,7 +240,7 @@ def _warm_up(folder: Path) -> None:
     corpus = folder / "warm-up.jsonl"
     _write_corpus(corpus, 10, MEDIAN_TEXTS)
     keys = [f"data.source={corpus}", "data.partition.num_clients=10", "run.rounds=1", "run.name=warm-up"]
-    _watch(2, [*keys, f"run.output_dir={folder}", *SETTINGS], folder / "none", folder / "output.txt")
+    watch(2, [*keys, f"run.output_dir={folder}", *SETTINGS], folder / "none", folder / "output.txt")
 
 
 def _write_corpus(path: Path, clients: int, median: float) -> None:
@@ -337,7 +288,7 @@ def _fit(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     cores = os.cpu_count() or 1
     training = np.array([row["train_s"] * min(row["processes"], cores) for row in plain])
     tokens = np.array([row["tokens"] for row in plain], dtype=float)
-    # rates cannot be negative; with clients of about equal size the two tell the same, and one of them takes it all
+    # Rates cannot be negative. Without the section sizes the two tell the same, and one of them takes it all.
     (by_token, by_client), _ = nnls(np.stack([tokens, clients], 1), training)
     return {
         "outside_fixed_s": float(fixed),
@@ -412,7 +363,8 @@ def _opt_shape(folder: Path) -> Path:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['section']:>13s} {row['processes']:10d} {row['clients']:8,d} {row['cohort']:7,d} {row['lora_rank']:5d} "
+        f"{row['section']:>13s} {row['processes']:10d} {row['clients']:8,d} {row['cohort']:7,d} "
+        f"{row['median_texts']:6.0f} {row['lora_rank']:5d} "
         f"{row['setup_s']:8.1f} {row['round_s']:8.2f} {row['clients_per_s']:10.1f} {row['tokens_per_s']:9,.0f} "
         f"{row['outside_ms']:5.2f} ms {row['idle']:7.1%} {row['idle_by_tokens']:10.1%} {row['rss_mib']:8.1f} "
         f"{row['own_mib']:8.1f} {row['growth']:8.2%}"

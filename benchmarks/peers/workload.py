@@ -69,7 +69,19 @@ def build_model(workload: Workload) -> Any:
     dtype = getattr(torch, workload.settings["dtype"])
     base = AutoModelForCausalLM.from_pretrained(workload.folder / "model", dtype=dtype)
     base.config.use_cache = False
-    return PeftModel.from_pretrained(base, str(workload.folder / "start"), is_trainable=True).to(dtype).train()
+    if dtype == torch.float64:
+        base.loss_function = _exact_loss
+    return (
+        PeftModel.from_pretrained(base, str(workload.folder / "start"), is_trainable=True).to(dtype).train()
+    )
+
+
+def _exact_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """The mean over targets in float64; transformers' own rounds the logits to float32."""
+    targets = labels[:, 1:].reshape(-1)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, vocab_size), targets, ignore_index=IGNORED
+    )
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -14,14 +14,10 @@ from fedsim.errors import ModelError
 from fedsim.models.architecture import KEY, read_model_config
 from fedsim.models.embedded import embedded_base_folder
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
+from fedsim.models.memory_limit import check_memory
 from fedsim.models.quantized import Quantization, check_available, loading_options, replace_quantized
 from fedsim.models.quiet import quiet_transformers
-from fedsim.models.sharding import (
-    SharedBy,
-    check_memory,
-    load_sharded,
-    sharded_fingerprint,
-)
+from fedsim.models.sharding import SharedBy, load_sharded, sharded_fingerprint
 from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
 
 HASHED_BYTES = 2**20
@@ -66,8 +62,8 @@ def build_base(
 
     Raises:
         ModelError: the model or its tokenizer cannot be found, read or used, or they do not fit each other; its
-            weights are only there in pickle format and `model.allow_pickle` is false; weights are missing;
-            `model.quantization` needs a package that is not installed.
+            weights are only there in pickle format and `model.allow_pickle` is false; weights are missing or take more
+            than `model.max_memory_gib`; `model.quantization` needs a package that is not installed.
         ConfigError: `model.revision` is set for a local folder.
         DataError, CacheError: the embedded base cannot be trained or kept.
     """
@@ -75,8 +71,8 @@ def build_base(
     dtype = choose_dtype(config.dtype, device)
     check_available(config.quantization)
     tokenizer = build_tokenizer(config)
+    check_memory(config, dtype, sharding.size if sharding else 1)
     folder = locate_base(config)
-    check_memory(folder, config.name_or_path, dtype, config.max_memory_gib, sharding.size if sharding else 1)
     if sharding is not None:
         return _build_sharded(config, device, dtype, tokenizer, folder, sharding)
     model = load_frozen(

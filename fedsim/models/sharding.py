@@ -9,7 +9,6 @@ they are no parameters of the model, live on the rank that trains their clients,
 import contextlib
 import ctypes
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,37 +171,6 @@ class ShardedHead:
 
     def _bias(self) -> Tensor | None:
         return None if self._linear.bias is None else self._linear.bias.detach()
-
-
-def check_memory(folder: Path, name: str, dtype: torch.dtype, most_gib: float | None, size: int) -> None:
-    """Refuse weights that do not fit, before they are loaded.
-
-    Args:
-        folder: with the weights; only those in safetensors format can be counted.
-        name: the value of `model.name_or_path`, for messages.
-        dtype: that the weights will have.
-        most_gib: limit for a process; None for none.
-        size: processes that share the weights.
-
-    Raises:
-        ModelError: a process's part takes more than the limit.
-    """
-    if most_gib is None:
-        return
-    from safetensors import safe_open
-
-    values = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            values += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    needed_gib = values * dtype.itemsize / size / 2**30
-    if needed_gib > most_gib:
-        more = math.ceil(needed_gib * size / most_gib)
-        advice = "set model.sharding=zero3 and start" if size == 1 else "start"
-        raise ModelError(
-            f"model.name_or_path={name}: its weights take {needed_gib:.2f} GiB a process in {dtype}, more than "
-            f"model.max_memory_gib={most_gib:g}; {advice} at least {more} processes, or choose a smaller model.dtype"
-        )
 
 
 def load_sharded(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from fedsim.models.memory_limit import check_memory
 from safetensors.torch import load_file
 
 from fedsim.comm.sharding import ShardingGroup
+from fedsim.config.schema import ModelConfig
 from fedsim.errors import ConfigError, ModelError
-from fedsim.models.sharding import check_memory
 from tests.faults.harness import start
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
 
@@ -136,17 +137,83 @@ def test_an_error_on_one_rank_ends_all(inputs: Path) -> None:
     assert "rank 1" in ranks[0].errors
 
 
+def limited(inputs: Path, most_gib: float, **changes: Any) -> ModelConfig:
+    return ModelConfig(name_or_path=str(inputs / "model"), max_memory_gib=most_gib, **changes)
+
+
 def test_a_base_over_the_limit_is_refused_with_advice(inputs: Path) -> None:
     whole_gib = sum(p.numel() for p in tiny_opt(**SIZES).parameters()) * 4 / 2**30
-    check_memory(inputs / "model", "m", torch.float32, whole_gib * 1.01, 1)
-    check_memory(inputs / "model", "m", torch.float32, whole_gib * 0.51, 2)
-    check_memory(inputs / "model", "m", torch.bfloat16, whole_gib * 0.51, 1)
+    check_memory(limited(inputs, whole_gib * 1.01), torch.float32, 1)
+    check_memory(limited(inputs, whole_gib * 0.51), torch.float32, 2)
+    check_memory(limited(inputs, whole_gib * 0.51), torch.bfloat16, 1)
     with pytest.raises(
         ModelError, match=r"model\.max_memory_gib=.*model\.sharding=zero3 and start at least 2 "
     ):
-        check_memory(inputs / "model", "m", torch.float32, whole_gib * 0.51, 1)
+        check_memory(limited(inputs, whole_gib * 0.51), torch.float32, 1)
     with pytest.raises(ModelError, match="start at least 5 processes"):
-        check_memory(inputs / "model", "m", torch.float32, whole_gib * 0.21, 2)
+        check_memory(limited(inputs, whole_gib * 0.21), torch.float32, 2)
+
+
+def test_the_limit_counts_quantized_weights_in_their_bits(inputs: Path) -> None:
+    model = tiny_opt(**SIZES)
+    linears = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    rest = sum(p.numel() for p in model.parameters()) - linears
+    rows = sum(m.out_features for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    needed_gib = (4 * rest + linears + 4 * rows) / 2**30  # int8: a byte a weight and a scale a row
+    check_memory(limited(inputs, needed_gib * 1.0001, quantization="int8"), torch.float32, 1)
+    with pytest.raises(ModelError, match=r"with model\.quantization=int8, more than model\.max_memory_gib"):
+        check_memory(limited(inputs, needed_gib * 0.9999, quantization="int8"), torch.float32, 1)
+
+
+@pytest.fixture(scope="module")
+def large(inputs: Path) -> Path:
+    """A folder with a base of 300 MB, and the corpus of `inputs`."""
+    folder = inputs / "large"
+    tiny_opt(
+        hidden_size=1024, word_embed_proj_dim=1024, ffn_dim=4096, num_hidden_layers=6, num_attention_heads=8
+    ).save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    (folder / "texts.jsonl").write_bytes((inputs / "texts.jsonl").read_bytes())
+    return folder
+
+
+FEW_PASSES = (
+    "run.rounds=1",
+    "training.local_steps=1",
+    "evaluation.max_test_examples=2",
+    "evaluation.client_test=off",
+)
+
+
+def peak_mib(folder: Path) -> float:
+    """Of the process that held most, in the first round."""
+    record = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return float(record["ranks/peak_memory_mib"])
+
+
+@needs_deepspeed
+def test_a_base_over_the_cap_is_refused_whole_and_runs_sharded(inputs: Path, large: Path) -> None:
+    files = (large / "model").glob("*.safetensors")
+    weights_mib = sum(file.stat().st_size for file in files) / 2**20
+    assert weights_mib > 250
+    cap = f"model.max_memory_gib={0.75 * weights_mib / 1024:.4f}"
+
+    (refused,) = start(
+        [f"model.name_or_path={large / 'model'}", f"data.source={large / 'texts.jsonl'}", cap, *FEW_PASSES,
+         f"run.output_dir={large / 'runs'}", "run.name=refused", "tracking.wandb.mode=disabled"],
+        1,
+        large,
+    ).wait(100.0)  # fmt: skip
+    assert refused.code == 2, refused.errors
+    assert "set model.sharding=zero3 and start at least 2 processes" in refused.errors
+    assert not (large / "runs" / "refused").exists()
+
+    # what a process holds besides the base is what it holds with a base of next to nothing
+    sharded = peak_mib(run(large, 2, "sharded", "model.sharding=zero3", cap, *FEW_PASSES))
+    sharded -= peak_mib(run(inputs, 2, "small-sharded", "model.sharding=zero3", *FEW_PASSES))
+    whole = peak_mib(run(large, 1, "whole", *FEW_PASSES)) - peak_mib(run(inputs, 1, "small", *FEW_PASSES))
+    assert sharded < 0.75 * weights_mib
+    assert whole > 0.95 * weights_mib
 
 
 def test_groups_must_divide_the_processes() -> None:
