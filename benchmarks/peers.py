@@ -273,20 +273,13 @@ def write_workload(
 
 def _write_opt_125m(folder: Path) -> None:
     import torch
-    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
-
-    from fedsim.models.embedded import embedded_tokenizer_folder
+    from opt_shape import write_tokenizer
+    from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
     config = OPTConfig(dropout=0.0, attention_dropout=0.0)  # the defaults are OPT-125M's sizes
     OPTForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_tokenizer_folder()).save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]  # as many entries as OPT has rows, else fedsim refuses the pair
-    taken = set(vocabulary.values()) | {token["id"] for token in tokenizer["added_tokens"]}
-    vocabulary |= {f"<never {i}>": i for i in range(config.vocab_size) if i not in taken}
-    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    write_tokenizer(folder, config.vocab_size)
 
 
 def peer_command(python: Path, peer: str, workload: Path, out: Path) -> list[str]:

@@ -17,7 +17,7 @@ counted.
     idle       share of the processes' time in local training that they wait for the slowest, measured
     by tokens  the same if a token took equally long everywhere
     RSS, own   MiB a process, as in benchmarks/flexlora_scale.py; median over the counted rounds
-    growth     of own memory from the first counted round to the last, of the process in which it grew most
+    growth     of RSS from the first counted round to the last, of the process in which it grew most
 
 With more processes than cores the processes share them: s/round then says nothing about as many cores, outside and
 memory still do. `projection` asks `--estimate` with the data sheet of an H100 for a round of the shape of
@@ -229,7 +229,7 @@ def _memory(samples: Samples, counted: range) -> dict[str, float]:
         return statistics.fmean(statistics.median(median(d, p, kind) for d in rounds) for p in processes)
 
     growth = [
-        median(rounds[-1], process, "own_mib") / median(rounds[0], process, "own_mib") - 1.0
+        median(rounds[-1], process, "rss_mib") / median(rounds[0], process, "rss_mib") - 1.0
         for process in processes
     ]
     return {"rss_mib": middle("rss_mib"), "own_mib": middle("own_mib"), "growth": max(growth)}
@@ -320,13 +320,11 @@ def _project(folder: Path, fitted: dict[str, float], clients: int) -> dict[str, 
         *SETTINGS,
     ]
     began = time.monotonic()
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "fedsim.main", "--estimate", "--gpu", "h100"),
-            *("--processes", str(world_size), "--json", str(result), *keys),
-        ],
-        cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "fedsim.main", "--estimate", "--gpu", "h100"]
+    command += ["--processes", str(world_size), "--json", str(result), *keys]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"the estimate failed:\n{done.stderr}")
     estimate = json.loads(result.read_text(encoding="utf-8"))
     host = {}
     if fitted:
@@ -352,12 +350,12 @@ def _project(folder: Path, fitted: dict[str, float], clients: int) -> dict[str, 
 
 def _opt_shape(folder: Path) -> Path:
     """The configuration of OPT-125M without weights, which an estimate does not need, and a tokenizer."""
-    from transformers import AutoTokenizer, OPTConfig
+    from opt_shape import write_tokenizer
+    from transformers import OPTConfig
 
-    from fedsim.models.embedded import embedded_tokenizer_folder
-
-    OPTConfig(vocab_size=50272, dropout=0.0, eos_token_id=2).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(embedded_tokenizer_folder()).save_pretrained(folder)
+    config = OPTConfig(dropout=0.0)  # the defaults are OPT-125M's sizes
+    config.save_pretrained(folder)
+    write_tokenizer(folder, config.vocab_size)
     return folder
 
 

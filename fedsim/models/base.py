@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedsim.config.schema import EMBEDDED, ModelConfig
 from fedsim.errors import ModelError
 from fedsim.models.architecture import KEY, read_model_config
+from fedsim.models.description import build_empty_base
 from fedsim.models.embedded import embedded_base_folder
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, PICKLE_FILES, SAFETENSORS_FILES, locate
 from fedsim.models.memory_limit import check_memory
@@ -71,7 +72,9 @@ def build_base(
     dtype = choose_dtype(config.dtype, device)
     check_available(config.quantization)
     tokenizer = build_tokenizer(config)
-    check_memory(config, dtype, sharding.size if sharding else 1)
+    if config.max_memory_gib is not None:
+        shapes, size = build_empty_base(config), sharding.size if sharding else 1
+        check_memory(shapes, config.name_or_path, dtype, config.quantization, config.max_memory_gib, size)
     folder = locate_base(config)
     if sharding is not None:
         return _build_sharded(config, device, dtype, tokenizer, folder, sharding)

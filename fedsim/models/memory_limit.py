@@ -5,33 +5,39 @@ import math
 import torch
 from torch import nn
 
-from fedsim.config.schema import ModelConfig
 from fedsim.errors import ModelError
-from fedsim.models.description import build_empty_base
 from fedsim.models.quantized import Quantization, weight_bytes
 
 
-def check_memory(config: ModelConfig, dtype: torch.dtype, size: int) -> None:
-    """Check the weights, or a process's part of them, against `model.max_memory_gib`.
+def check_memory(
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    quantization: Quantization,
+    most_gib: float,
+    size: int,
+) -> None:
+    """Check the weights, or a process's part of them, against a limit.
 
     Args:
-        dtype: that the weights will have.
+        model: may be on the meta device.
+        name: the value of `model.name_or_path`, for messages.
+        dtype, quantization: as `base_bytes`.
+        most_gib: `model.max_memory_gib`.
         size: processes that share the weights.
 
     Raises:
-        ModelError: they take more, or the model cannot be found or is no causal language model.
+        ModelError: they take more.
     """
-    if config.max_memory_gib is None:
-        return
-    whole_gib = base_bytes(build_empty_base(config), dtype, config.quantization) / 2**30
-    if whole_gib / size > config.max_memory_gib:
-        more = math.ceil(whole_gib / config.max_memory_gib)
+    whole_gib = base_bytes(model, dtype, quantization) / 2**30
+    if whole_gib / size > most_gib:
+        more = math.ceil(whole_gib / most_gib)
         advice = "set model.sharding=zero3 and start" if size == 1 else "start"
-        in_bits = "" if config.quantization == "none" else f" with model.quantization={config.quantization}"
+        in_bits = "" if quantization == "none" else f" with model.quantization={quantization}"
         raise ModelError(
-            f"model.name_or_path={config.name_or_path}: its weights take {whole_gib / size:.2f} GiB a process in "
-            f"{dtype}{in_bits}, more than model.max_memory_gib={config.max_memory_gib:g}; {advice} at least {more} "
-            "processes, or choose a smaller model.dtype"
+            f"model.name_or_path={name}: its weights take {whole_gib / size:.2f} GiB a process in {dtype}{in_bits}, "
+            f"more than model.max_memory_gib={most_gib:g}; {advice} at least {more} processes, or choose a smaller "
+            "model.dtype"
         )
 
 

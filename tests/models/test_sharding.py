@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fedsim.models.memory_limit import check_memory
 from safetensors.torch import load_file
 
 from fedsim.comm.sharding import ShardingGroup
-from fedsim.config.schema import ModelConfig
 from fedsim.errors import ConfigError, ModelError
+from fedsim.models.memory_limit import check_memory
 from tests.faults.harness import start
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
 
@@ -137,32 +136,33 @@ def test_an_error_on_one_rank_ends_all(inputs: Path) -> None:
     assert "rank 1" in ranks[0].errors
 
 
-def limited(inputs: Path, most_gib: float, **changes: Any) -> ModelConfig:
-    return ModelConfig(name_or_path=str(inputs / "model"), max_memory_gib=most_gib, **changes)
+def limit(most_gib: float, dtype: torch.dtype = torch.float32, size: int = 1, bits: Any = "none") -> None:
+    check_memory(tiny_opt(**SIZES), "m", dtype, bits, most_gib, size)
 
 
-def test_a_base_over_the_limit_is_refused_with_advice(inputs: Path) -> None:
+def test_a_base_over_the_limit_is_refused_with_advice() -> None:
     whole_gib = sum(p.numel() for p in tiny_opt(**SIZES).parameters()) * 4 / 2**30
-    check_memory(limited(inputs, whole_gib * 1.01), torch.float32, 1)
-    check_memory(limited(inputs, whole_gib * 0.51), torch.float32, 2)
-    check_memory(limited(inputs, whole_gib * 0.51), torch.bfloat16, 1)
+    limit(whole_gib * 1.01)
+    limit(whole_gib * 0.51, size=2)
+    limit(whole_gib * 0.51, torch.bfloat16)
     with pytest.raises(
         ModelError, match=r"model\.max_memory_gib=.*model\.sharding=zero3 and start at least 2 "
     ):
-        check_memory(limited(inputs, whole_gib * 0.51), torch.float32, 1)
+        limit(whole_gib * 0.51)
     with pytest.raises(ModelError, match="start at least 5 processes"):
-        check_memory(limited(inputs, whole_gib * 0.21), torch.float32, 2)
+        limit(whole_gib * 0.21, size=2)
 
 
-def test_the_limit_counts_quantized_weights_in_their_bits(inputs: Path) -> None:
+def test_the_limit_counts_quantized_weights_in_their_bits() -> None:
     model = tiny_opt(**SIZES)
-    linears = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
-    rest = sum(p.numel() for p in model.parameters()) - linears
-    rows = sum(m.out_features for m in model.model.modules() if isinstance(m, torch.nn.Linear))
-    needed_gib = (4 * rest + linears + 4 * rows) / 2**30  # int8: a byte a weight and a scale a row
-    check_memory(limited(inputs, needed_gib * 1.0001, quantization="int8"), torch.float32, 1)
+    linears = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    quantized = sum(m.weight.numel() for m in linears)
+    rest = sum(p.numel() for p in model.parameters()) - quantized
+    scales = sum(m.out_features for m in linears)
+    needed_gib = (4 * rest + quantized + 4 * scales) / 2**30  # int8: a byte a weight and a scale a row
+    limit(needed_gib * 1.0001, bits="int8")
     with pytest.raises(ModelError, match=r"with model\.quantization=int8, more than model\.max_memory_gib"):
-        check_memory(limited(inputs, needed_gib * 0.9999, quantization="int8"), torch.float32, 1)
+        limit(needed_gib * 0.9999, bits="int8")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_base_over_the_cap_is_refused_whole_and_runs_sharded(inputs: Path, lar
 
     (refused,) = start(
         [f"model.name_or_path={large / 'model'}", f"data.source={large / 'texts.jsonl'}", cap, *FEW_PASSES,
-         f"run.output_dir={large / 'runs'}", "run.name=refused", "tracking.wandb.mode=disabled"],
+         "data.max_tokens=24", f"run.output_dir={large / 'runs'}", "run.name=refused", "tracking.wandb.mode=disabled"],
         1,
         large,
     ).wait(100.0)  # fmt: skip
@@ -209,8 +209,8 @@ def test_a_base_over_the_cap_is_refused_whole_and_runs_sharded(inputs: Path, lar
     assert not (large / "runs" / "refused").exists()
 
     # what a process holds besides the base is what it holds with a base of next to nothing
-    sharded = peak_mib(run(large, 2, "sharded", "model.sharding=zero3", cap, *FEW_PASSES))
-    sharded -= peak_mib(run(inputs, 2, "small-sharded", "model.sharding=zero3", *FEW_PASSES))
+    sharded = peak_mib(run(large, 4, "sharded", "model.sharding=zero3", cap, *FEW_PASSES))
+    sharded -= peak_mib(run(inputs, 4, "small-sharded", "model.sharding=zero3", *FEW_PASSES))
     whole = peak_mib(run(large, 1, "whole", *FEW_PASSES)) - peak_mib(run(inputs, 1, "small", *FEW_PASSES))
     assert sharded < 0.75 * weights_mib
     assert whole > 0.95 * weights_mib
