@@ -65,12 +65,7 @@ def _logging_of_this_test() -> Iterator[None]:
     root.handlers[:] = handlers
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.parent.name
-        # a file's tests share what its fixtures make; those on Slurm share one cluster
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else str(item.path)))
     if torch.cuda.is_available():
         return
     for item in items:
