@@ -155,10 +155,8 @@ def _measure(options: argparse.Namespace, clients: int) -> dict[str, Any]:
         ]
         began = time.monotonic()
         load = os.getloadavg()[0]
-        samples, arrivals = watch(
-            options.processes, keys, folder / "run" / "metrics.jsonl", folder / "output.txt"
-        )
         metrics = folder / "run" / "metrics.jsonl"
+        samples, arrivals = watch(options.processes, keys, metrics, folder / "output.txt")
         records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {
         "clients": clients,
