@@ -17,7 +17,8 @@ counted.
     idle       share of the processes' time in local training that they wait for the slowest, measured
     by tokens  the same if a token took equally long everywhere
     RSS, own   MiB a process, as in benchmarks/flexlora_scale.py; median over the counted rounds
-    growth     of RSS from the first counted round to the last, of the process in which it grew most
+    growth     of RSS from the first counted rounds to the last ones, of the process in which it grew most: medians of
+               five rounds each, of fewer in a short run
 
 With more processes than cores the processes share them: s/round then says nothing about as many cores, outside and
 memory still do. `projection` asks `--estimate` with the data sheet of an H100 for a round of the shape of
@@ -111,7 +112,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=6, help=f"of a run; the first {WARM_UP} and the last not counted"
     )
-    parser.add_argument("--long-rounds", type=int, default=54)
+    parser.add_argument("--long-rounds", type=int, default=58)
     parser.add_argument("--projected-clients", type=int, default=100_000)
     parser.add_argument("--figures", type=Path, help="folder for the pictures")
     options = parser.parse_args()
@@ -228,8 +229,11 @@ def _memory(samples: Samples, counted: range) -> dict[str, float]:
     def middle(kind: str) -> float:
         return statistics.fmean(statistics.median(median(d, p, kind) for d in rounds) for p in processes)
 
+    window = min(5, len(rounds) // 2)
     growth = [
-        median(rounds[-1], process, "rss_mib") / median(rounds[0], process, "rss_mib") - 1.0
+        statistics.median(median(done, process, "rss_mib") for done in rounds[-window:])
+        / statistics.median(median(done, process, "rss_mib") for done in rounds[:window])
+        - 1.0
         for process in processes
     ]
     return {"rss_mib": middle("rss_mib"), "own_mib": middle("own_mib"), "growth": max(growth)}

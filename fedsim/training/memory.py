@@ -35,13 +35,13 @@ class FreeMemory:
     """Gives memory that was freed back to the system from time to time.
 
     The C library keeps what was freed for later, cut up by whatever is still in use between, so that a process whose
-    rounds differ a little in size holds more and more of it. Giving it back costs some page faults, hence not always.
+    rounds differ a little in size holds more and more of it. Giving it back costs some milliseconds, hence not always.
 
     Args:
         period_s: between two times, at least.
     """
 
-    def __init__(self, period_s: float = 20.0) -> None:
+    def __init__(self, period_s: float = 2.0) -> None:
         self._period_s = period_s
         self._last_s = time.monotonic()
         self._trim = _heap_trim()
