@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from fedsim.errors import RunFolderError
 
@@ -27,11 +28,23 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         RunFolderError: the file cannot be written; the old one, if any, is unchanged.
     """
+    with replacing_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends, and is deleted if the block fails.
+
+    Raises:
+        RunFolderError: the file cannot be written; the old one, if any, is unchanged. Errors of the block other than
+            OSError pass.
+    """
     unfinished = _unfinished_name(path)
     with _as_run_folder_error(path):
         try:
             with unfinished.open("xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)

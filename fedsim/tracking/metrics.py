@@ -3,11 +3,13 @@
 `metrics.jsonl` has one object per round, `clients.parquet` one row per client and round.
 """
 
+import collections
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fedsim.atomic import replace_file, write_text_atomic
+from fedsim.atomic import replacing_file, write_text_atomic
 from fedsim.errors import RunFolderError
 
 Scalar = float | int | str | None
@@ -44,6 +46,9 @@ CLIENT_COLUMNS = {
     "seconds": pa.float64(),
     "simulated_s": pa.float64(),
 }
+GROUP_ROWS = 2**16
+"""Rows of `clients.parquet` that are written and read at a time, 9 MiB in memory."""
+
 MAY_BE_MISSING = frozenset({"test_loss_before", "test_loss_after", "simulated_s"})
 
 
@@ -136,7 +141,8 @@ class MetricsLog:
 class ClientTable:
     """`clients.parquet`: a row for each client and round, columns as in `CLIENT_COLUMNS`.
 
-    Rows are kept in columns, 144 bytes each, and reach the disk with `flush`, which writes the whole file.
+    New rows are kept in columns, 144 bytes each, until `flush` puts them on the disk, which writes the whole file anew
+    and holds `GROUP_ROWS` of its rows at a time. So memory does not grow with the rounds of a run.
 
     Raises:
         RunFolderError: the file cannot be read or written, or its columns are not those of this version.
@@ -144,13 +150,17 @@ class ClientTable:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._table = self._load()
-        self._unwritten = not path.exists()
+        self._exists = path.exists()
+        self._new: list[pa.Table] = []
+        self._rounds: set[int] = set()
+        self._num_rows = 0
+        for table in self._on_disk():
+            self._count(table)
 
     @property
     def num_rows(self) -> int:
         """Rows of all rounds, flushed or not."""
-        return int(self._table.num_rows)
+        return self._num_rows
 
     def append_rows(self, rows: Sequence[Mapping[str, Scalar]]) -> None:
         """Add clients of a round; each row has every column; those in `MAY_BE_MISSING` may be None."""
@@ -165,54 +175,93 @@ class ClientTable:
                 raise ValueError(
                     f"a row of {self._path.name} lacks {missing} or has unknown columns {unknown}"
                 )
-        self._table = pa.concat_tables(
-            [self._table, pa.Table.from_pylist(list(rows), schema=client_schema())]
-        )
-        self._unwritten = True
+        table = pa.Table.from_pylist(list(rows), schema=client_schema())
+        self._new.append(table)
+        self._count(table)
 
     def flush(self) -> None:
-        """Write the file, if rows were added or dropped since the last time."""
-        if not self._unwritten:
-            return
-        self._table = self._table.combine_chunks()
-        sink = pa.BufferOutputStream()
-        pq.write_table(self._table, sink, compression="zstd", write_page_checksum=True)
-        replace_file(self._path, sink.getvalue().to_pybytes())
-        self._unwritten = False
-        del sink
-        pa.default_memory_pool().release_unused()
+        """Write the file, if rows were added since the last time or it is not there yet."""
+        if self._new or not self._exists:
+            self._write(itertools.chain(self._on_disk(), self._new))
 
     def truncate(self, before_round: int) -> None:
         """Forget the rounds from `before_round` on, also on the disk."""
-        kept = self._table.filter(pc.less(self._table[ROUND], before_round))
-        if kept.num_rows < self._table.num_rows:
-            self._table = kept
-            self._unwritten = True
-            self.flush()
+        if max(self._rounds, default=-1) < before_round:
+            return
+        whole = itertools.chain(self._on_disk(), self._new)
+        self._write(table.filter(pc.less(table[ROUND], before_round)) for table in whole)
 
     def rounds(self) -> set[int]:
         """The rounds that have rows, flushed or not."""
-        return set(pc.unique(self._table[ROUND]).to_pylist())
+        return set(self._rounds)
 
     def newest(self, num_rows: int) -> pa.Table:
         """The last `num_rows` rows, oldest first."""
-        return self._table.slice(max(0, self.num_rows - num_rows))
+        found = collections.deque([client_schema().empty_table()])
+        held = 0
+        for table in itertools.chain(reversed(self._new), self._on_disk(backwards=True)):
+            if held >= num_rows:
+                break
+            found.appendleft(table)
+            held += table.num_rows
+        return pa.concat_tables(found).slice(max(0, held - num_rows))
 
-    def _load(self) -> pa.Table:
+    def _count(self, table: pa.Table) -> None:
+        self._rounds |= set(pc.unique(table[ROUND]).to_pylist())
+        self._num_rows += table.num_rows
+
+    def _write(self, tables: Iterable[pa.Table]) -> None:
+        """Put the rows of `tables` into the file; what was held in memory is dropped once they are there."""
+        rounds, num_rows = self._rounds, self._num_rows
+        self._rounds, self._num_rows = set(), 0
+        try:
+            with (
+                replacing_file(self._path) as file,
+                pq.ParquetWriter(
+                    file, client_schema(), compression="zstd", write_page_checksum=True
+                ) as writer,
+            ):
+                for table in _in_groups(tables):
+                    writer.write_table(table)
+                    self._count(table)
+        except BaseException:
+            self._rounds, self._num_rows = rounds, num_rows
+            raise
+        self._new, self._exists = [], True
+        pa.default_memory_pool().release_unused()
+
+    def _on_disk(self, backwards: bool = False) -> Iterator[pa.Table]:
+        """The file's rows, a row group at a time."""
+        if not self._exists:
+            return
         try:
             # Not pq.read_table: that takes a folder named alpha=0.1 above the file for a column.
-            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
-                table = file.read()
-        except FileNotFoundError:
-            return client_schema().empty_table()
+            with (
+                self._path.open("rb") as stream,
+                pq.ParquetFile(stream, page_checksum_verification=True) as file,
+            ):
+                if file.schema_arrow != client_schema():
+                    raise RunFolderError(
+                        f"{self._path} must have the columns {', '.join(CLIENT_COLUMNS)}, "
+                        f"got {', '.join(file.schema_arrow.names)}; choose another run.name, or delete the run folder"
+                    )
+                groups = range(file.num_row_groups)
+                for group in reversed(groups) if backwards else groups:
+                    yield file.read_row_group(group)
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise _cannot("read", self._path, error) from error
-        if table.schema != client_schema():
-            raise RunFolderError(
-                f"{self._path} must have the columns {', '.join(CLIENT_COLUMNS)}, "
-                f"got {', '.join(table.column_names)}; choose another run.name, or delete the run folder"
-            )
-        return table
+
+
+def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in the same order, in tables of at least `GROUP_ROWS`, but for the last."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(one.num_rows for one in held) >= GROUP_ROWS:
+            yield pa.concat_tables(held).combine_chunks()
+            held = []
+    if held:
+        yield pa.concat_tables(held).combine_chunks()
 
 
 def client_schema() -> pa.Schema:

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import math
@@ -182,6 +183,85 @@ def test_client_table_truncates_on_the_disk_too(table_path):
     assert ClientTable(table_path).newest(10)["round_index"].to_pylist() == [0, 0]
     table.append_rows([row(1, 0)])
     assert table.num_rows == 3
+
+
+def pairs(table):
+    return list(zip(table["round_index"].to_pylist(), table["client_id"].to_pylist(), strict=True))
+
+
+def test_client_table_in_many_groups(table_path, monkeypatch):
+    """Rows that are on the disk are read from there in groups; order, truncation and the newest rows do not show it."""
+    monkeypatch.setattr("fedsim.tracking.metrics.GROUP_ROWS", 4)
+    table, written = ClientTable(table_path), []
+    for round_index in range(9):
+        clients = range(round_index % 4)
+        table.append_rows([row(round_index, client_id) for client_id in clients])
+        written += [(round_index, client_id) for client_id in clients]
+        if round_index % 2:
+            table.flush()
+    assert table.num_rows == len(written) == 12
+    assert table.rounds() == {1, 2, 3, 5, 6, 7}
+    for num_rows in (0, 1, 3, 5, 11, 12, 20):
+        assert pairs(table.newest(num_rows)) == written[max(0, 12 - num_rows) :], num_rows
+    with pq.ParquetFile(table_path) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        assert min(sizes[:-1]) >= 4
+        assert sum(sizes) == 12
+    table.append_rows([row(9, 0)])
+    table.truncate(6)
+    assert pairs(table.newest(99)) == [pair for pair in written if pair[0] < 6]
+    assert pairs(ClientTable(table_path).newest(99)) == [pair for pair in written if pair[0] < 6]
+    assert table.rounds() == {1, 2, 3, 5}
+    table.truncate(0)
+    assert table.num_rows == ClientTable(table_path).num_rows == 0
+
+
+def test_client_table_holds_no_row_that_is_on_the_disk(table_path):
+    """Its memory would grow with the rounds else: 144 bytes a row here, 14 MB."""
+    table = ClientTable(table_path)
+    for round_index in range(10):
+        table.append_rows([row(round_index, client_id) for client_id in range(10_000)])
+        table.flush()
+    pool = pa.default_memory_pool()
+    assert table.num_rows == 100_000
+    assert pool.bytes_allocated() < 2_000_000
+    held = table.newest(100_000)
+    assert pool.bytes_allocated() > 10_000_000  # what would be seen if they were held
+    assert pairs(held)[-1] == (9, 9_999)
+
+
+def test_rows_are_kept_when_they_cannot_be_written(table_path, monkeypatch):
+    table = ClientTable(table_path)
+    table.append_rows([row(0, 0), row(0, 1)])
+    table.flush()
+    table.append_rows([row(1, 0)])
+    whole = table_path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedsim.atomic.os.fsync", full)
+        with pytest.raises(
+            RunFolderError, match=r"clients\.parquet must be writable \(No space left on device\)"
+        ):
+            table.flush()
+    assert table_path.read_bytes() == whole
+    assert table.num_rows == 3
+    table.flush()
+    assert pairs(ClientTable(table_path).newest(9)) == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_a_table_that_vanished_is_missed(table_path):
+    """Nothing could put its rows back, so the run must not go on as if there had been none."""
+    table = ClientTable(table_path)
+    table.append_rows([row(0, 0)])
+    table.flush()
+    table_path.unlink()
+    table.append_rows([row(1, 0)])
+    with pytest.raises(RunFolderError, match=r"clients\.parquet cannot be read \(No such file"):
+        table.flush()
+    assert not table_path.exists()
 
 
 def test_rows_with_wrong_columns_are_refused(table_path):
