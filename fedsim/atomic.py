@@ -74,6 +74,7 @@ def replace_folder(path: Path, build: Callable[[Path], None]) -> None:
         try:
             unfinished.mkdir()
             build(unfinished)
+            open_files_as_folder(unfinished)
             _sync_tree(unfinished)
             _move_into_place(unfinished, path)
         except BaseException:
@@ -109,6 +110,18 @@ def remove_unfinished(folder: Path) -> None:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+
+
+def open_files_as_folder(folder: Path) -> None:
+    """Let those read and write the files in `folder` who may read and write it, by the user's umask.
+
+    safetensors makes files that their owner alone may read, so that nobody of a group could use an adapter.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # not every file system knows permissions
+                (Path(root) / name).chmod(mode)
 
 
 def _move_into_place(folder: Path, path: Path) -> None:

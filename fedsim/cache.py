@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from fedsim.atomic import open_files_as_folder
 from fedsim.errors import FedsimError
 
 MANIFEST = "manifest.json"
@@ -70,6 +71,7 @@ def _build_entry(entry: Path, content: Mapping[str, object], build: Callable[[Pa
     unfinished.mkdir()  # with the user's umask, so that a group can share a cache
     try:
         build(unfinished)
+        open_files_as_folder(unfinished)
         files = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
         manifest = {"content": dict(content), "files": files}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

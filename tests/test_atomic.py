@@ -4,6 +4,7 @@ import stat
 import pytest
 
 from fedsim.atomic import remove_unfinished, replace_file, replace_folder, write_text_atomic
+from fedsim.cache import cached_folder
 from fedsim.errors import RunFolderError
 
 
@@ -26,6 +27,33 @@ def test_file_may_be_read_by_whom_the_umask_allows(tmp_path):
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_weights_may_be_read_by_whom_the_umask_allows(umask, mode, tmp_path, monkeypatch):
+    """safetensors leaves them to their owner alone, whatever the umask."""
+    monkeypatch.setenv("FEDSIM_CACHE", str(tmp_path / "cache"))
+
+    def weights(folder):
+        (folder / "a.safetensors").touch(mode=0o600)
+
+    def adapter(folder):
+        weights(folder)
+        (folder / "inner").mkdir()
+        weights(folder / "inner")
+
+    old = os.umask(umask)
+    try:
+        replace_folder(tmp_path / "adapter", adapter)
+        entry = cached_folder("weights", {}, weights)
+    finally:
+        os.umask(old)
+    made = [
+        tmp_path / "adapter/a.safetensors",
+        tmp_path / "adapter/inner/a.safetensors",
+        entry / "a.safetensors",
+    ]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [mode] * 3
 
 
 def test_old_file_survives_a_failing_disk(tmp_path, monkeypatch):
