@@ -19,12 +19,15 @@ from fedsim.models.memory_limit import check_memory
 from fedsim.models.quantized import Quantization, check_available, loading_options, replace_quantized
 from fedsim.models.quiet import quiet_transformers
 from fedsim.models.sharding import SharedBy, load_sharded, sharded_fingerprint
+from fedsim.models.shared_weights import shared_folder
 from fedsim.models.tokenizer import build_tokenizer, check_tokenizer_fits, one_line, padding_id
 
 HASHED_BYTES = 2**20
 """Tensors up to this size are hashed whole."""
 
 SAMPLED_VALUES = 2**16
+SUMMED_VALUES = 2**22
+"""Values of a large tensor that are added up at a time."""
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +146,8 @@ def load_frozen(
 ) -> Any:
     """The model in a local folder, on `device`, in evaluation mode, without gradients.
 
+    On a CPU its weights are mapped from a file, the same one in all processes of a node; see `shared_weights`.
+
     Args:
         name: the value of `model.name_or_path`, for messages.
         allow_pickle, trust_remote_code, quantization: as in the configuration.
@@ -150,31 +155,42 @@ def load_frozen(
     Raises:
         ModelError: as `build_base`.
     """
-    from transformers import AutoModelForCausalLM
-
     model_config = read_model_config(folder, name, trust_remote_code)
     use_safetensors = _choose_format(folder, name, allow_pickle)
-    try:
-        with quiet_transformers():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=model_config,
-                dtype=dtype,
-                use_safetensors=use_safetensors,
-                trust_remote_code=trust_remote_code,
-                local_files_only=not trust_remote_code,
-                ignore_mismatched_sizes=True,  # refused below, with the names of the tensors
-                output_loading_info=True,
-                **loading_options(quantization, dtype, torch.device(device)),
-            )
-    except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...
-        raise ModelError(
-            f"{KEY}={name}: its weights in {folder} cannot be loaded ({type(error).__name__}: {one_line(error)})"
-        ) from error
-    _check_complete(loading, name, folder)
-    if quantization == "none":
-        return model.to(device).eval().requires_grad_(False)
-    if not replace_quantized(model):
+
+    def load(source: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with quiet_transformers():
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    config=model_config,
+                    dtype=dtype,
+                    use_safetensors=use_safetensors,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=not trust_remote_code,
+                    ignore_mismatched_sizes=True,  # refused below, with the names of the tensors
+                    output_loading_info=True,
+                    device_map={
+                        "": device
+                    },  # each tensor goes there on its own: no copy of the model on the host
+                    **loading_options(quantization, dtype),
+                )
+        except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...
+            raise ModelError(
+                f"{KEY}={name}: its weights in {source} cannot be loaded "
+                f"({type(error).__name__}: {one_line(error)})"
+            ) from error
+        _check_complete(loading, name, source)
+        return model
+
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and use_safetensors and quantization == "none" and not trust_remote_code:
+        model = load(shared_folder(folder, dtype, lambda: load(folder)))
+    else:
+        model = load(folder)
+    if quantization != "none" and not replace_quantized(model):
         raise ModelError(
             f"{KEY}={name}: it has no linear module that model.quantization could keep in fewer bits"
         )
@@ -201,9 +217,11 @@ def _content(tensor: Tensor) -> bytes:
         return values.cpu().view(torch.uint8).numpy().tobytes()
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(values.element_size(), torch.uint8)
     integers = values.view(words)
-    total = int(integers.sum(dtype=torch.int64).item())
+    # in parts, since torch makes a copy in int64 of what it adds up; modulo 2^64, as torch does
+    parts = torch.split(integers, SUMMED_VALUES)
+    total = sum(int(part.sum(dtype=torch.int64)) for part in parts) % 2**64
     sample = integers[:: -(-integers.numel() // SAMPLED_VALUES)].cpu().contiguous()
-    return total.to_bytes(8, "little", signed=True) + sample.view(torch.uint8).numpy().tobytes()
+    return total.to_bytes(8, "little") + sample.view(torch.uint8).numpy().tobytes()
 
 
 def _locate_weights(config: ModelConfig) -> Path:

@@ -37,8 +37,8 @@ def check_available(quantization: Quantization) -> None:
         )
 
 
-def loading_options(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantize on the way to `device`; none without quantization."""
+def loading_options(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize on the way to the device; none without quantization."""
     if quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig
@@ -49,7 +49,7 @@ def loading_options(quantization: Quantization, dtype: torch.dtype, device: torc
         settings = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_compute_dtype=dtype
         )
-    return {"quantization_config": settings, "device_map": {"": device}}
+    return {"quantization_config": settings}
 
 
 class QuantizedLinear(nn.Linear):

@@ -98,6 +98,16 @@ def test_fingerprint_of_tensors_larger_than_its_sample(dtype: torch.dtype) -> No
     assert fingerprint(model) != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprint_does_not_depend_on_the_parts_of_its_sum(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(1024, 1500).to(dtype)
+    whole = fingerprint(model)
+    monkeypatch.setattr("fedsim.models.base.SUMMED_VALUES", 100_001)
+    assert fingerprint(model) == whole
+
+
 def test_fingerprint_sees_every_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path)
     for hashed_bytes in (2**20, 8):
