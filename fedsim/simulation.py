@@ -82,7 +82,7 @@ from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.rank_log import rank_log
 from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
-from fedsim.training.memory import FreeMemory
+from fedsim.training.memory import FreeMemory, long_lived_set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -378,6 +378,7 @@ def _run_rounds(
     with (
         rank_log(_folder_path(config), group.rank, lambda: group.place),
         _reporting(config, group, base, summary, records, stops) as (progress, tracker),
+        long_lived_set_aside(),
     ):
         run = replace(run, watch=progress)
         _stop_if_asked(group, stops, f"before round {state.round_index + 1}")

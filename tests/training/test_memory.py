@@ -1,14 +1,16 @@
 """Peak memory of a process."""
 
+import gc
 import json
 import platform
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
-from fedsim.training.memory import peak_memory_bytes
+from fedsim.training.memory import long_lived_set_aside, peak_memory_bytes
 
 MIB = 2**20
 PROGRAM = """
@@ -78,3 +80,31 @@ def test_freed_memory_goes_back_to_the_system_when_it_is_time():
     assert seen["done"]
     assert seen["kept"] > 10_000_000, "without it, the C library keeps what was freed"
     assert seen["left"] < seen["kept"] / 4
+
+
+class Cycle:
+    """Refers to itself, so that only a search for unreachable objects finds it."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def is_found(objects):
+    """Whether Python finds a cycle that lived through its searches among young objects, while many more are made."""
+    held = Cycle()
+    cycle = weakref.ref(held)
+    gc.collect(1)
+    del held
+    for _ in range(120_000):
+        objects.append([])  # kept: what dies at once is not counted
+    return cycle() is None
+
+
+def test_garbage_of_rounds_is_found_beside_many_old_objects():
+    old = [[] for _ in range(800_000)]
+    gc.collect()
+    assert not is_found(old), "it would wait for a quarter as many new objects as there are old ones"
+    with long_lived_set_aside():
+        assert is_found([])
+        assert gc.get_freeze_count() > len(old)
+    assert gc.get_freeze_count() == 0
