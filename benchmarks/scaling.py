@@ -18,7 +18,8 @@ counted.
     by tokens  the same if a token took equally long everywhere
     RSS, own   MiB a process, as in benchmarks/flexlora_scale.py; median over the counted rounds
     growth     of RSS from the first counted rounds to the last ones, of the process in which it grew most: medians of
-               five rounds each, of fewer in a short run
+               five rounds each, of fewer in a short run. Of the section `long`, over 50 rounds after the first ten, in
+               which the C library finds out how much it needs; "early" is that from the third round to the tenth
 
 With more processes than cores the processes share them: s/round then says nothing about as many cores, outside and
 memory still do. `projection` asks `--estimate` with the data sheet of an H100 for a round of the shape of
@@ -47,6 +48,10 @@ from fedsim.tracking.environment import describe_environment
 
 SECTIONS = ("ranks", "clients", "cohort", "sizes", "rank", "tiers", "long", "projection")
 WARM_UP = 2
+SETTLED = 10
+"""Rounds after which memory is expected to stay as it is."""
+WINDOW = 5
+"""Rounds of whose memory the median is taken, at either end."""
 MEDIAN_TEXTS, FEWEST_TEXTS, MOST_TEXTS, SIGMA = 4.0, 3, 40, 1.0
 SETTINGS = (
     "data.partition.name=natural",
@@ -112,7 +117,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=6, help=f"of a run; the first {WARM_UP} and the last not counted"
     )
-    parser.add_argument("--long-rounds", type=int, default=58)
+    parser.add_argument("--long-rounds", type=int, default=66)
     parser.add_argument("--projected-clients", type=int, default=100_000)
     parser.add_argument("--figures", type=Path, help="folder for the pictures")
     options = parser.parse_args()
@@ -188,6 +193,7 @@ def _measure(
         "cohort": cohort,
         "lora_rank": lora_rank,
         "median_texts": median,
+        "rounds": rounds,
         "load_before": load,
         "setup_s": arrivals[0] - records[0]["time/round_s"] - began,
         "round_s": wall,
@@ -229,14 +235,21 @@ def _memory(samples: Samples, counted: range) -> dict[str, float]:
     def middle(kind: str) -> float:
         return statistics.fmean(statistics.median(median(d, p, kind) for d in rounds) for p in processes)
 
-    window = min(5, len(rounds) // 2)
-    growth = [
-        statistics.median(median(done, process, "rss_mib") for done in rounds[-window:])
-        / statistics.median(median(done, process, "rss_mib") for done in rounds[:window])
-        - 1.0
-        for process in processes
-    ]
-    return {"rss_mib": middle("rss_mib"), "own_mib": middle("own_mib"), "growth": max(growth)}
+    def growth(rounds: Sequence[int]) -> float:
+        window = min(WINDOW, len(rounds) // 2)
+        return max(
+            statistics.median(median(done, process, "rss_mib") for done in rounds[-window:])
+            / statistics.median(median(done, process, "rss_mib") for done in rounds[:window])
+            - 1.0
+            for process in processes
+        )
+
+    early = [done for done in rounds if done < SETTLED]
+    settled = [done for done in rounds if done >= SETTLED]
+    found = {"rss_mib": middle("rss_mib"), "own_mib": middle("own_mib")}
+    if len(settled) < 2 * WINDOW:
+        return found | {"growth": growth(rounds)}
+    return found | {"growth": growth(settled), "early_growth": growth(early)}
 
 
 def _warm_up(folder: Path) -> None:
@@ -377,6 +390,12 @@ def _conclusions(
     rows: Sequence[dict[str, Any]], fitted: dict[str, float], projected: dict[str, Any] | None
 ) -> Iterator[str]:
     yield ""
+    for row in rows:
+        if "early_growth" in row:
+            yield (
+                f"over {row['rounds']} rounds RSS grew by {row['early_growth']:.1%} to the {SETTLED}th and by "
+                f"{row['growth']:.1%} after it"
+            )
     federations = {row["clients"]: row for row in rows if row["section"] == "clients"}
     if len(federations) > 1:
         few, many = min(federations), max(federations)
