@@ -451,7 +451,8 @@ def _draw(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 chosen = [row for row in chosen if row["clients"] == largest]
             shown = sorted(chosen, key=lambda row: row[x])
             axes.plot([row[x] for row in shown], [row[y] for row in shown], **look(0))
-            axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
+            highest = max(row[y] for row in shown)
+            axes.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1.1 * highest))
             if section == "clients":
                 axes.set_xscale("log")
             else:
