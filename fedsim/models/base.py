@@ -172,9 +172,7 @@ def load_frozen(
                     local_files_only=not trust_remote_code,
                     ignore_mismatched_sizes=True,  # refused below, with the names of the tensors
                     output_loading_info=True,
-                    device_map={
-                        "": device
-                    },  # each tensor goes there on its own: no copy of the model on the host
+                    device_map={"": device},  # each tensor goes there by itself: the host holds no copy
                     **loading_options(quantization, dtype),
                 )
         except Exception as error:  # damaged weights raise errors of safetensors, pickle, zipfile, torch ...

@@ -57,7 +57,7 @@ def shared_folder(folder: Path, dtype: torch.dtype, load: Callable[[], nn.Module
                 f"{cache_root()} has {free / 1e9:.1f} GB free, {ROOM * needed / 1e9:.1f} are wanted"
             )
         entry = cached_folder("converted-weights", _content(folder, dtype), lambda into: _save(load(), into))
-    except (CacheError, OSError) as error:
+    except (CacheError, SafetensorError, OSError) as error:
         logger.warning(
             "%s: each process converts its weights to %s and holds a copy of %.1f GB of its own, since the cache could "
             "not take one for all: %s",

@@ -141,8 +141,8 @@ class MetricsLog:
 class ClientTable:
     """`clients.parquet`: a row for each client and round, columns as in `CLIENT_COLUMNS`.
 
-    New rows are kept in columns, 144 bytes each, until `flush` puts them on the disk, which writes the whole file anew
-    and holds `GROUP_ROWS` of its rows at a time. So memory does not grow with the rounds of a run.
+    New rows are kept in columns, 144 bytes each, until `flush` puts them on the disk or there are `GROUP_ROWS` of them.
+    That writes the whole file anew, and holds as many of its rows at a time, so memory does not grow with the rounds.
 
     Raises:
         RunFolderError: the file cannot be read or written, or its columns are not those of this version.
@@ -178,6 +178,8 @@ class ClientTable:
         table = pa.Table.from_pylist(list(rows), schema=client_schema())
         self._new.append(table)
         self._count(table)
+        if sum(one.num_rows for one in self._new) >= GROUP_ROWS:
+            self.flush()
 
     def flush(self) -> None:
         """Write the file, if rows were added since the last time or it is not there yet."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from fedsim.cache import cache_root
 from fedsim.errors import ModelError
@@ -99,12 +100,18 @@ def test_a_model_that_was_changed_is_converted_again(half: Path) -> None:
     assert len(converted()) == 2
 
 
-@pytest.mark.parametrize("why", ["is full", "cannot be written"])
+@pytest.mark.parametrize("why", ["is full", "fills up", "cannot be written"])
 def test_without_a_cache_each_converts_for_itself(
     half: Path, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if why == "is full":
         monkeypatch.setattr("fedsim.models.shared_weights._free_bytes", lambda folder: 10)
+    elif why == "fills up":
+
+        def fail(model: Any, folder: Path) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("fedsim.models.shared_weights._save", fail)
     else:
         cache_root().write_text("a file", encoding="utf-8")
     with caplog.at_level(logging.WARNING, logger="fedsim"):
@@ -115,8 +122,6 @@ def test_without_a_cache_each_converts_for_itself(
 
 
 def test_missing_weights_are_refused_and_nothing_is_kept(half: Path) -> None:
-    from safetensors.torch import save_file
-
     weights = load_file(half / "model.safetensors")
     del weights["model.decoder.layers.0.fc1.weight"]
     save_file(weights, half / "model.safetensors", metadata={"format": "pt"})

@@ -230,6 +230,16 @@ def test_client_table_holds_no_row_that_is_on_the_disk(table_path):
     assert pairs(held)[-1] == (9, 9_999)
 
 
+def test_many_new_rows_do_not_wait_for_a_flush(table_path, monkeypatch):
+    """Checkpoints may be far apart."""
+    monkeypatch.setattr("fedsim.tracking.metrics.GROUP_ROWS", 4)
+    table = ClientTable(table_path)
+    table.append_rows([row(0, 0), row(0, 1), row(0, 2)])
+    assert not table_path.exists()
+    table.append_rows([row(1, 0)])
+    assert pairs(ClientTable(table_path).newest(9)) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+
+
 def test_rows_are_kept_when_they_cannot_be_written(table_path, monkeypatch):
     table = ClientTable(table_path)
     table.append_rows([row(0, 0), row(0, 1)])
