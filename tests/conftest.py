@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread, no network, a cache of their own, and which of them share a worker of xdist."""
+"""Settings for all tests: one thread, no network, a cache of their own."""
 
 import logging
 import os
@@ -63,16 +63,6 @@ def _logging_of_this_test() -> Iterator[None]:
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """A file's tests run one after the other, and all that need a Slurm: they share ports, fixtures and a cluster.
-
-    Here and not in `pytest_collection_modifyitems`, in which xdist has read the marks by the time that it is our turn.
-    """
-    if item.config.pluginmanager.has_plugin("xdist"):
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else file))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
