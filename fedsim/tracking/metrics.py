@@ -209,26 +209,22 @@ class ClientTable:
         return pa.concat_tables(found).slice(max(0, held - num_rows))
 
     def _count(self, table: pa.Table) -> None:
-        self._rounds |= set(pc.unique(table[ROUND]).to_pylist())
+        self._rounds |= _rounds_of(table)
         self._num_rows += table.num_rows
 
     def _write(self, tables: Iterable[pa.Table]) -> None:
         """Put the rows of `tables` into the file; what was held in memory is dropped once they are there."""
-        rounds, num_rows = self._rounds, self._num_rows
-        self._rounds, self._num_rows = set(), 0
-        try:
-            with (
-                replacing_file(self._path) as file,
-                pq.ParquetWriter(
-                    file, client_schema(), compression="zstd", write_page_checksum=True
-                ) as writer,
-            ):
-                for table in _in_groups(tables):
-                    writer.write_table(table)
-                    self._count(table)
-        except BaseException:
-            self._rounds, self._num_rows = rounds, num_rows
-            raise
+        rounds: set[int] = set()
+        num_rows = 0
+        with (
+            replacing_file(self._path) as file,
+            pq.ParquetWriter(file, client_schema(), compression="zstd", write_page_checksum=True) as writer,
+        ):
+            for table in _in_groups(tables):
+                writer.write_table(table)
+                rounds |= _rounds_of(table)
+                num_rows += table.num_rows
+        self._rounds, self._num_rows = rounds, num_rows
         self._new, self._exists = [], True
         pa.default_memory_pool().release_unused()
 
@@ -252,6 +248,10 @@ class ClientTable:
                     yield file.read_row_group(group)
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise _cannot("read", self._path, error) from error
+
+
+def _rounds_of(table: pa.Table) -> set[int]:
+    return set(pc.unique(table[ROUND]).to_pylist())
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
