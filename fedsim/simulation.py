@@ -559,7 +559,9 @@ def _finish(
         if config.run.merged_model:
             replace_folder(
                 path / MODEL,
-                lambda unfinished: save_merged_model(build_base(config.model, "cpu"), adapter, unfinished),
+                lambda unfinished: save_merged_model(
+                    build_base(config.model, "cpu", alone=True), adapter, unfinished
+                ),
             )
     else:
         (path / CLIENT_ADAPTERS).mkdir(exist_ok=True)

@@ -58,11 +58,11 @@ class BaseModel:
 
 
 def build_base(
-    config: ModelConfig, device: torch.device | str, sharding: SharedBy | None = None
+    config: ModelConfig, device: torch.device | str, sharding: SharedBy | None = None, *, alone: bool = False
 ) -> BaseModel:
     """Load the base model onto `device`, frozen. The embedded one is trained first if it is not in the cache.
 
-    With `sharding` all ranks of the group load it together, each its part.
+    With `sharding` all ranks of the group load it together, each its part. `alone` is as in `load_frozen`.
 
     Raises:
         ModelError: the model or its tokenizer cannot be found, read or used, or they do not fit each other; its
@@ -89,6 +89,7 @@ def build_base(
         trust_remote_code=config.trust_remote_code,
         quantization=config.quantization,
         device=device,
+        alone=alone,
     )
     rows = model.get_input_embeddings().num_embeddings
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
@@ -143,6 +144,7 @@ def load_frozen(
     trust_remote_code: bool,
     quantization: Quantization = "none",
     device: torch.device | str = "cpu",
+    alone: bool = False,
 ) -> Any:
     """The model in a local folder, on `device`, in evaluation mode, without gradients.
 
@@ -151,6 +153,7 @@ def load_frozen(
     Args:
         name: the value of `model.name_or_path`, for messages.
         allow_pickle, trust_remote_code, quantization: as in the configuration.
+        alone: the other processes of the node do not load it, so nothing is put into the cache for them.
 
     Raises:
         ModelError: as `build_base`.
@@ -183,8 +186,8 @@ def load_frozen(
         _check_complete(loading, name, source)
         return model
 
-    on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and use_safetensors and quantization == "none" and not trust_remote_code:
+    shares = torch.device(device).type == "cpu" and not alone
+    if shares and use_safetensors and quantization == "none" and not trust_remote_code:
         model = load(shared_folder(folder, dtype, lambda: load(folder)))
     else:
         model = load(folder)

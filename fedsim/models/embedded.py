@@ -59,7 +59,7 @@ def embedded_tokenizer_folder() -> Path:
         "format": FORMAT,
         "texts": content_hash(texts),
         "vocab_size": VOCAB_SIZE,
-        "versions": _versions("tokenizers", "transformers"),
+        "versions": package_versions("tokenizers", "transformers"),
     }
     return cached_folder(
         "embedded-tokenizer", content, lambda folder: _train_tokenizer(texts).save_pretrained(folder)
@@ -104,7 +104,7 @@ def embedded_base_folder(steps: int = STEPS) -> Path:
         "tokenizer": tokenizer_folder.name,
         "config": config.to_diff_dict(),
         "training": [steps, BATCH_TOKENS, SEQUENCE_TOKENS, PEAK_LR, WARMUP_STEPS, SEED, BUCKET],
-        "versions": _versions("torch", "transformers"),
+        "versions": package_versions("torch", "transformers"),
     }
 
     def build(folder: Path) -> None:
@@ -215,5 +215,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _versions(*packages: str) -> dict[str, str]:
+def package_versions(*packages: str) -> dict[str, str]:
+    """Package -> major and minor version, for the content of cache entries."""
     return {package: ".".join(version(package).split(".")[:2]) for package in packages}

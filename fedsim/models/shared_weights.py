@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fedsim.cache import CacheError, cache_root, cached_folder
+from fedsim.models.embedded import package_versions
 from fedsim.models.quiet import quiet_transformers
 
 FORMAT = 1
@@ -91,8 +92,6 @@ def _count_values(folder: Path, dtype: torch.dtype) -> tuple[int, bool]:
 
 def _content(folder: Path, dtype: torch.dtype) -> dict[str, object]:
     """What decides the converted files: the files, by name, size and time, and who converts them."""
-    from importlib.metadata import version
-
     files = {}
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         facts = path.stat()
@@ -102,7 +101,7 @@ def _content(folder: Path, dtype: torch.dtype) -> dict[str, object]:
         "folder": str(folder.resolve()),
         "files": files,
         "dtype": str(dtype),
-        "versions": [version("torch"), version("transformers"), version("safetensors")],
+        "versions": package_versions("torch", "transformers", "safetensors"),
     }
 
 
