@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread, no network, a cache of their own."""
+"""Settings for all tests: one thread, no network, a cache of their own, and how workers of pytest-xdist share them."""
 
 import logging
 import os
@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
+from xdist.scheduler.protocol import Scheduling
 
 torch.set_num_threads(1)
 
@@ -43,6 +46,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+SLOW_FIRST = ("tests/slurm", "tests/faults", "tests/e2e")
+"""Folders whose files take minutes: started last, one worker would be busy with them alone at the end."""
+
+
+class ByFile(LoadFileScheduling):
+    """A file's tests stay on one worker, and those of tests/slurm as well: they share a cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling | None:
+    """Deal tests out by file where `-n` asks for workers and `--dist` is `loadfile`, as in pyproject.toml."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each core, of which four are enough; some tests start four processes."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 @pytest.fixture
 def refresh_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden files are to be written instead of compared with."""
@@ -66,6 +93,7 @@ def _logging_of_this_test() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW_FIRST))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -50,7 +50,7 @@ def marked_command(name: str) -> str:
 
 def test_the_two_commands_are_one_line_each() -> None:
     assert marked_command("run").endswith(".venv/bin/torchrun --nproc_per_node 4 -m fedsim.main")
-    assert marked_command("test").endswith(".venv/bin/python -m pytest")
+    assert marked_command("test").endswith(".venv/bin/python -m pytest -n auto")
 
 
 def test_both_commands_pin_the_same_torch() -> None:
