@@ -53,7 +53,7 @@ def submit_sweep(options: argparse.Namespace, arms: Sequence[Arm]) -> int:
     if not options.dry_run:
         slurm.require("sbatch", "squeue")
     idle = planned if options.dry_run or options.test else _without_active(planned, options.resubmit)
-    unfinished = [run for run in idle if not refuse_unusable(run.config).is_finished(run.config.run.rounds)]
+    unfinished = [run for run in idle if not refuse_unusable(run.config).is_finished(run.config)]
     if not unfinished:
         print(f"{folder}: of {len(planned)} runs none is left to submit: all are finished, or have a job")
         return 0

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         rest = [*read_element(Path(path), index), *rest]
     config = parse_command_line(rest).config
     state = refuse_unusable(config, PATIENCE_S if options.fields else 0)
-    folder, verdict = run_folder(config), "finished" if state.is_finished(config.run.rounds) else "ready"
+    folder, verdict = run_folder(config), "finished" if state.is_finished(config) else "ready"
     if options.fields:
         fields = ["fedsim-check", str(folder), verdict, str(config.run.threads_per_process), *rest]
         sys.stdout.write("".join(f"{field}\0" for field in fields))

@@ -157,15 +157,8 @@ def num_packs(config: Config) -> int:
     """Packs of a round, at most: what there is to deal out to processes."""
     if config.strategy.name == "centralized":
         return 1  # one virtual client
-    cohort = config.cohort
-    if cohort.client_ids is not None:
-        size = len(cohort.client_ids)
-    elif cohort.fraction is not None:
-        size = max(1, math.ceil(cohort.fraction * config.data.partition.num_clients))
-    else:
-        assert cohort.size is not None
-        size = cohort.size
-    return min(size, config.training.pack.num_packs)
+    size = config.cohort.clients_a_round(config.data.partition.num_clients)
+    return min(math.ceil(size), config.training.pack.num_packs)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -88,7 +88,12 @@ def add_slurm_options(parser: argparse.ArgumentParser) -> "argparse._ArgumentGro
         metavar="F",
         help=f"failures in a row without progress before the job gives up; default: {DEFAULT_MAX_FAILURES}",
     )
-    group.add_argument("--setup", type=Path, metavar="FILE", help="shell lines that the job sources first")
+    group.add_argument(
+        "--setup",
+        type=Path,
+        metavar="FILE",
+        help="shell lines that the job sources last, before fedsim starts",
+    )
     group.add_argument("--extra", type=_extra, metavar='"..."', help="more options of sbatch")
     group.add_argument(
         "--dry-run", action="store_true", help="print the script and the command; write nothing"

@@ -11,6 +11,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from fedsim.config.loader import SAFE_KEYS, differences, load_config
+from fedsim.config.paths import local_path
 from fedsim.config.schema import Config
 from fedsim.errors import RunFolderError
 
@@ -29,35 +30,44 @@ class RunState:
         reason: why it did not finish, where it is known.
         round: rounds that are in the record or in a checkpoint.
         rounds: rounds that were asked for; None where the folder does not say.
+        patience: `early_stopping.patience` that was asked for; None where the folder does not say.
     """
 
     status: str | None
     reason: str | None
     round: int
     rounds: int | None
+    patience: int | None = None
 
-    def is_finished(self, rounds: int) -> bool:
-        """Whether the run has ended well and was asked for no fewer rounds than these."""
-        return self.status == FINISHED and max(self.rounds or 0, self.round) >= rounds
+    def is_finished(self, config: Config) -> bool:
+        """Whether the run has ended well and, as far as its folder tells, would not go on if asked for this.
+
+        A run that stopped early may go on with more patience; whether it does, fedsim finds out itself.
+        """
+        if self.status != FINISHED or max(self.rounds or 0, self.round) < config.run.rounds:
+            return False
+        stopped_early = self.round < config.run.rounds and config.early_stopping.metric != "off"
+        return not stopped_early or self.patience is None or config.early_stopping.patience <= self.patience
 
 
 def run_folder(config: Config) -> Path:
     """The folder of a run, absolute."""
-    return (Path(config.run.output_dir) / config.run.name).absolute()
+    return (local_path(config.run.output_dir) / config.run.name).absolute()
 
 
 def read_run(folder: Path) -> RunState:
     """What `folder` says; a folder that is absent, or half-written, says little."""
     record = _read_json(folder / "run.json")
-    rounds = _rounds(record)
+    rounds = _asked_for(record, "run", "rounds")
     if rounds is None:
-        rounds = _rounds({"config": _newest_submitted_tree(folder)})
+        rounds = _asked_for({"config": _newest_submitted_tree(folder)}, "run", "rounds")
     status, reason = record.get("status"), record.get("reason")
     return RunState(
         status if isinstance(status, str) else None,
         reason if isinstance(reason, str) else None,
         max(_rounds_recorded(folder), _newest_checkpoint(folder)),
         rounds,
+        _asked_for(record, "early_stopping", "patience"),
     )
 
 
@@ -157,9 +167,10 @@ def _newest_submitted_tree(folder: Path) -> Any:
         return None
 
 
-def _rounds(record: Mapping[str, Any]) -> int | None:
+def _asked_for(record: Mapping[str, Any], section: str, key: str) -> int | None:
+    """A whole number of the configuration in a record."""
     node: Any = record
-    for name in ("config", "run", "rounds"):
+    for name in ("config", section, key):
         node = node.get(name) if isinstance(node, dict) else None
     return node if isinstance(node, int) else None
 

@@ -35,9 +35,10 @@ def main(arguments: Sequence[str]) -> int:
         slurm.require("sbatch")
         refuse_active(folder)
     state = refuse_unusable(config)
-    if state.is_finished(config.run.rounds):
+    if state.is_finished(config):
+        longer = "run.rounds" if state.round >= config.run.rounds else "early_stopping.patience"
         raise RunFolderError(
-            f"run {folder} is finished after {state.round} rounds, nothing to submit; a larger run.rounds extends it"
+            f"run {folder} is finished after {state.round} rounds, nothing to submit; a larger {longer} extends it"
         )
     place = records.next_submission_folder(folder)
     script = render_script(build_batch(config, job, place))

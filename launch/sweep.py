@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     parser, slurm_options = _parser()
     options = parse_options(parser, arguments)
     arms = make_arms(options.grid, options.arm, options.seeds)
-    for_slurm = [name for name in slurm_options if getattr(options, name)]
+    for_slurm = [name for name in slurm_options if getattr(options, name) is not parser.get_default(name)]
     if for_slurm:
         local = [f"--{name}" for name in ("jobs", "processes", "print") if getattr(options, name)]
         if local:

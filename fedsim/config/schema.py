@@ -4,6 +4,7 @@ The tree mirrors the package. Its defaults are the embedded quick start: `fedsim
 Every node is frozen, refuses unknown keys and never converts a value of the wrong type.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -440,6 +441,18 @@ class CohortConfig(Node):
             return node
         others_are_set = any(node.get(other) is not None for other in ("fraction", "client_ids"))
         return {**node, "size": None} if others_are_set else node
+
+    def clients_a_round(self, num_clients: int) -> float:
+        """Clients of a round, of so many in all; a whole number, unless they are drawn independently, then the mean."""
+        if self.client_ids is not None:
+            return len(self.client_ids)
+        if self.fraction is None:
+            assert self.size is not None
+            return self.size
+        if self.sampling == "poisson":
+            return self.fraction * num_clients
+        # the epsilon keeps 0.3 of 10 clients at 3, not 2
+        return max(1, math.floor(self.fraction * num_clients + 1e-9))
 
 
 class OutageConfig(Node):

@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -205,7 +204,7 @@ def build_federated_strategy(
     chosen, aggregation = config.strategy, config.aggregation
     federation = Federation(
         num_clients=num_clients,
-        cohort_size=_expected_cohort(config.cohort, num_clients),
+        cohort_size=config.cohort.clients_a_round(num_clients),
         weighting=aggregation.client_weights,
         scaling=ScalingRule(config.lora.lora_alpha, config.lora.use_rslora),
         targets=dict(targets),
@@ -374,23 +373,10 @@ def build_cohort_policy(config: CohortConfig, num_clients: int) -> CohortPolicy:
     """How cohorts are chosen among `num_clients`; a fraction is rounded down, to one client at least."""
     if config.client_ids is not None:
         return CohortPolicy(num_clients, len(config.client_ids), config.client_ids)
-    expected = _expected_cohort(config, num_clients)
+    expected = config.clients_a_round(num_clients)
     if config.sampling == "poisson":
         return CohortPolicy(num_clients, max(1, round(expected)), None, expected / num_clients)
     return CohortPolicy(num_clients, int(expected), as_published=config.sampling == "flexlora")
-
-
-def _expected_cohort(config: CohortConfig, num_clients: int) -> float:
-    """Clients of a round; a whole number unless they are drawn independently."""
-    if config.client_ids is not None:
-        return len(config.client_ids)
-    if config.fraction is None:
-        assert config.size is not None
-        return config.size
-    if config.sampling == "poisson":
-        return config.fraction * num_clients
-    # the epsilon keeps 0.3 of 10 clients at 3, not 2
-    return max(1, math.floor(config.fraction * num_clients + 1e-9))
 
 
 def sample_examples(num_examples: int, limit: int | None, seed: int, purpose: str) -> NDArray[np.int64]:

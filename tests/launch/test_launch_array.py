@@ -90,6 +90,11 @@ def test_each_line_is_what_a_batch_script_reads(cluster: Cluster, capsys: pytest
     assert capsys.readouterr().out == f"{cluster.runs}/{NAMES[3]}: ready, round 0 of 8\n"
 
 
+def test_an_option_of_zero_is_one_of_slurm(cluster: Cluster) -> None:
+    assert sweep(cluster, "--gpus-per-node", "0") == 0
+    assert cluster.calls("sbatch") != []
+
+
 def test_a_group_that_is_set_stays(cluster: Cluster) -> None:
     sweep(cluster, "--slurm", "tracking.wandb.group=thesis")
 

@@ -251,6 +251,15 @@ class TestFolder:
         assert "is finished after 8 rounds, nothing to submit" in self.refused(cluster, capsys)
         assert main(["submit", *arguments(cluster, "run.rounds=9")]) == 0
 
+    def test_stopped_early(self, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+        """More patience goes on with it, as `fedsim.main` would."""
+        rule = ["early_stopping.metric=test_loss", "early_stopping.patience=2"]
+        leave_run(cluster.runs / "mine", "finished", rounds=5, **dict(word.split("=") for word in rule))
+
+        refused = self.refused(cluster, capsys, *rule)
+        assert "after 5 rounds, nothing to submit; a larger early_stopping.patience extends it" in refused
+        assert main(["submit", *arguments(cluster, rule[0], "early_stopping.patience=3")]) == 0
+
     def test_in_use(self, cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
         leave_run(cluster.runs / "mine", "running", rounds=3)
         (cluster.runs / "mine" / "run.owner.json").write_text('{"host": "n1", "pid": 77, "since": "then"}')
@@ -500,6 +509,15 @@ class TestCheck:
         assert capsys.readouterr().out == f"{cluster.runs}/mine: finished, round 8 of 8\n"
         main(["check", *arguments(cluster, "run.rounds=9")])
         assert capsys.readouterr().out == f"{cluster.runs}/mine: ready, round 8 of 9\n"
+
+    def test_the_folder_is_below_the_home_folder_as_for_the_run(
+        self, cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(cluster.runs))
+        leave_run(cluster.runs / "kept" / "mine", "finished", rounds=8)
+
+        main(["check", "run.output_dir=~/kept", "run.name=mine"])
+        assert capsys.readouterr().out == f"{cluster.runs}/kept/mine: finished, round 8 of 8\n"
 
     def test_a_run_that_stopped_before_its_last_round_can_be_finished(
         self, cluster: Cluster, capsys: pytest.CaptureFixture[str]
