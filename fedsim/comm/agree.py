@@ -50,7 +50,8 @@ def agree(group: Group, what: str, error: Exception | None) -> None:
 def all_or_none(group: Group, what: str) -> Iterator[None]:
     """Run a block that can fail on one rank; when it did anywhere, every rank raises.
 
-    The block must not contain a collective: a rank that failed would leave the others waiting in it.
+    The block must not contain a collective: a rank that failed would leave the others waiting in it. Those of a sharded
+    base cannot be kept out; there the others end by the connection that breaks, or after `comm.timeout_s`.
 
     Raises:
         PeerError: see `agree`.
