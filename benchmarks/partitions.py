@@ -33,7 +33,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedsim.config.schema import DataConfig
+from fedsim.config.data_section import DataConfig
 from fedsim.data.build import build_partition
 
 BY_LENGTH = (

@@ -1,8 +1,8 @@
 """Every exception that a user, a cluster or a file can cause.
 
 A message names the dotted key or the identity, the rule, the value got and, where it is short, the remedy.
-`main.py` prints such an error as one line and exits with code 2, or 1 where `is_user_error` says that no user caused it;
-anything else is a bug and keeps its traceback.
+`main.py` prints such an error as one line and exits with code 2, or 1 where `is_user_error` denies that
+a user caused it; anything else is a bug and keeps its traceback.
 """
 
 

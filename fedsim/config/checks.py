@@ -4,25 +4,17 @@ import math
 import re
 from collections.abc import Iterator
 
+from fedsim.config.clients_section import ClientsConfig, CohortConfig
+from fedsim.config.data_section import DataConfig, InstructionConfig, PartitionConfig
+from fedsim.config.evaluation_section import EvaluationConfig
 from fedsim.config.keys import all_keys, show
 from fedsim.config.messages import refuse
-from fedsim.config.schema import (
-    EMBEDDED,
-    AggregationConfig,
-    ClientsConfig,
-    CohortConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    InstructionConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PartitionConfig,
-    RunConfig,
-    StrategyConfig,
-    TrainingConfig,
-)
+from fedsim.config.model_section import LoraConfig, ModelConfig
+from fedsim.config.node import EMBEDDED
+from fedsim.config.run_section import RunConfig
+from fedsim.config.schema import Config
+from fedsim.config.strategy_section import AggregationConfig, StrategyConfig
+from fedsim.config.training_section import OptimizerConfig, TrainingConfig
 
 UNUSED_BY_EMBEDDED_DATA = ("subset", "train_split", "test_split", "text_field", "label_field", "client_field")
 COLUMNS_OF_ROWS = (

@@ -1,4 +1,4 @@
-"""The configuration tree in plain words, read from `schema.py` so that help and errors forget no key."""
+"""The configuration tree in plain words, read from `Config` so that help and errors forget no key."""
 
 import json
 import types
@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedsim.config.schema import NAME_PATTERN, OPTION_PATTERN, STRATEGY_NAMES, STRATEGY_PATTERN, Config
+from fedsim.config.node import NAME_PATTERN
+from fedsim.config.schema import Config
+from fedsim.config.strategy_section import OPTION_PATTERN, STRATEGY_NAMES, STRATEGY_PATTERN
 
 PATTERN_RULES = {
     NAME_PATTERN: "a text of 1 to 120 letters, digits, '.', '_' or '-', the first a letter or digit",

@@ -18,7 +18,8 @@ from fedsim.config.checks import cross_checks
 from fedsim.config.help import help_text
 from fedsim.config.keys import all_keys, flatten, section_names, show
 from fedsim.config.messages import plain_words, refuse, unknown_key
-from fedsim.config.schema import NAME_PATTERN, Config
+from fedsim.config.node import NAME_PATTERN
+from fedsim.config.schema import Config
 from fedsim.config.yaml_text import read_yaml, write_yaml
 from fedsim.errors import ConfigError
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.cache import content_hash
-from fedsim.config.schema import DataConfig, PartitionConfig
+from fedsim.config.data_section import DataConfig, PartitionConfig
 from fedsim.data.columns import encode_column
 from fedsim.data.corpus import build_corpus
 from fedsim.data.iid import deal_iid

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.cache import content_hash
-from fedsim.config.schema import EMBEDDED, DataConfig
+from fedsim.config.data_section import DataConfig
+from fedsim.config.node import EMBEDDED
 from fedsim.data.prompts import PromptedTexts
 from fedsim.data.sources import Table, read_splits
 from fedsim.errors import DataError

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config.schema import DataConfig, InstructionConfig
+from fedsim.config.data_section import DataConfig, InstructionConfig
 from fedsim.data.columns import encode_column
 from fedsim.data.corpus import (
     Corpus,

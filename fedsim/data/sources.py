@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.cache import CacheError, cache_root
+from fedsim.config.node import EMBEDDED
 from fedsim.config.paths import is_there, local_path, note_lookalike
-from fedsim.config.schema import EMBEDDED
 from fedsim.data.docstrings import split_docstrings
 from fedsim.errors import DataError
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from fedsim.comm.group import Group
-from fedsim.config.schema import Config, ModelConfig
+from fedsim.config.model_section import ModelConfig
+from fedsim.config.schema import Config
 from fedsim.data.batches import length_batches
 from fedsim.errors import ConfigError, ModelError
 from fedsim.estimate.advice import Plan, advise

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsim.config.schema import EMBEDDED, ModelConfig
+from fedsim.config.model_section import ModelConfig
+from fedsim.config.node import EMBEDDED
 from fedsim.errors import ModelError
 from fedsim.models.architecture import KEY, read_model_config
 from fedsim.models.description import build_empty_base

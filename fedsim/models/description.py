@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.config.schema import EMBEDDED, ModelConfig
+from fedsim.config.model_section import ModelConfig
+from fedsim.config.node import EMBEDDED
 from fedsim.models.architecture import check_sequence_length, empty_model, max_positions_of, read_model_config
 from fedsim.models.embedded import embedded_base_config
 from fedsim.models.hub import CODE_FILES, CONFIG_FILES, locate

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedsim.config.schema import EMBEDDED, ModelConfig
+from fedsim.config.model_section import ModelConfig
+from fedsim.config.node import EMBEDDED
 from fedsim.errors import ModelError
 from fedsim.models.embedded import embedded_tokenizer_folder
 from fedsim.models.hub import CODE_FILES, TOKENIZER_FILES, locate

@@ -13,8 +13,11 @@ from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.comm.group import Group
+from fedsim.config.clients_section import ClientsConfig, CohortConfig
 from fedsim.config.paths import local_path
-from fedsim.config.schema import ClientsConfig, CohortConfig, Config, StrategyConfig, TrainingConfig
+from fedsim.config.schema import Config
+from fedsim.config.strategy_section import StrategyConfig
+from fedsim.config.training_section import TrainingConfig
 from fedsim.config.yaml_text import read_yaml
 from fedsim.data.build import FederatedData
 from fedsim.errors import ConfigError

@@ -14,7 +14,7 @@ import pytest
 
 from fedsim.aggregation.build import build_strategy
 from fedsim.aggregation.strategy import Strategy
-from fedsim.config.schema import STRATEGY_NAMES
+from fedsim.config.strategy_section import STRATEGY_NAMES
 from fedsim.errors import FedsimError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule

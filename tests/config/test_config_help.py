@@ -5,7 +5,8 @@ import pytest
 from fedsim.config.help import help_text
 from fedsim.config.keys import all_keys, flatten, sections
 from fedsim.config.loader import parse_command_line, to_tree
-from fedsim.config.schema import STRATEGY_NAMES, Config
+from fedsim.config.schema import Config
+from fedsim.config.strategy_section import STRATEGY_NAMES
 
 
 def test_the_tree_and_its_description_list_the_same_keys() -> None:

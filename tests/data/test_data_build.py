@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsim.config.schema import DataConfig, PartitionConfig
+from fedsim.config.data_section import DataConfig, PartitionConfig
 from fedsim.data.build import FederatedData, build_data
 from fedsim.errors import DataError
 from tests.helpers import random_texts, word_tokenizer

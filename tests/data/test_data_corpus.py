@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedsim.cache import CacheError
-from fedsim.config.schema import DataConfig
+from fedsim.config.data_section import DataConfig
 from fedsim.data.corpus import Corpus, TextSet, build_corpus
 from fedsim.data.docstrings import split_docstrings
 from fedsim.errors import DataError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.config.schema import DataConfig, PartitionConfig
+from fedsim.config.data_section import DataConfig, PartitionConfig
 from fedsim.data.build import build_data
 from fedsim.data.columns import encode_column
 from fedsim.data.natural import deal_natural

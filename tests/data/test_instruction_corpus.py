@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsim.config.data_section import DataConfig, InstructionConfig, PartitionConfig
 from fedsim.config.loader import load_config
-from fedsim.config.schema import DataConfig, InstructionConfig, PartitionConfig
 from fedsim.data.build import FederatedData, build_data
 from fedsim.data.corpus import Corpus
 from fedsim.data.instruction_corpus import build_instruction_corpus

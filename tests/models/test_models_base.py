@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedsim.config.schema import ModelConfig
+from fedsim.config.model_section import ModelConfig
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.base import HASHED_BYTES, build_base, fingerprint
 from fedsim.models.description import describe_base

@@ -14,7 +14,7 @@ from transformers import (
     T5Config,
 )
 
-from fedsim.config.schema import ModelConfig
+from fedsim.config.model_section import ModelConfig
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.architecture import check_sequence_length
 from fedsim.models.description import BaseDescription, describe_base

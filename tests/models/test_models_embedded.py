@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsim.cache import CacheError
-from fedsim.config.schema import ModelConfig
+from fedsim.config.model_section import ModelConfig
 from fedsim.models.base import build_base, fingerprint
 from fedsim.models.description import describe_base
 from fedsim.models.embedded import embedded_base_config, embedded_base_folder, train_embedded

@@ -10,7 +10,7 @@ import torch
 from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.comm.group import Group, SoloGroup
-from fedsim.config.schema import STRATEGY_NAMES
+from fedsim.config.strategy_section import STRATEGY_NAMES
 from fedsim.lora.lowrank import combine
 from fedsim.server.checkpoint import load_newest_checkpoint, save_checkpoint
 from fedsim.server.round import run_round

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedsim.config.loader import load_config
-from fedsim.config.schema import LoraConfig
+from fedsim.config.model_section import LoraConfig
 from fedsim.errors import ConfigError
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.main import main

@@ -1,0 +1,22 @@
+"""What every node of the configuration tree is: frozen, strict, with a meaning and a unit at each key."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED = "embedded"
+"""Value of `data.source` and `model.name_or_path` that stands for what fedsim brings along."""
+
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"
+
+
+def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
+    """A configuration field: its default, what it means, its unit, and pydantic rules such as `gt=0`."""
+    return Field(default, description=meaning, json_schema_extra={"unit": unit}, **rules)
+
+
+class Node(BaseModel):
+    """A node of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
