@@ -183,7 +183,12 @@ def _load_base(config: Config, group: Group) -> BaseModel:
     with all_or_none(group, "loading the base model"):
         size = config.model.sharding_group_size
         sharding = ShardingGroup(
-            group.rank, group.world_size, group.device, size, config.model.offload == "cpu"
+            group.rank,
+            group.world_size,
+            group.device,
+            size,
+            config.model.offload == "cpu",
+            config.comm.timeout_s,
         )
         base = build_base(config.model, group.device, sharding)
     assert base is not None

@@ -150,6 +150,7 @@ class TorchGroup:
         self._timeout_s = timeout_s
         self._asked_to_end = asked_to_end
         self._lost: LostRankError | None = None
+        self._has_gathered = False
         marks.each_beat(self._end_if_stuck)
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -171,17 +172,22 @@ class TorchGroup:
         received = [torch.empty_like(tensor) for _ in range(self.world_size)]
         with self._exchange():
             dist.all_gather(received, tensor)
+            self._settle()
         return received
 
     def start_gather(self, tensor: Tensor, root: int) -> Callable[[], list[Tensor]]:
         """See `Group`."""
         received = [torch.empty_like(tensor) for _ in range(self.world_size)] if self.rank == root else []
+        if self.device.type == "cuda" and not self._has_gathered:
+            torch.cuda.empty_cache()  # NCCL takes memory for the connections of a gather at the first one
+        self._has_gathered = True
         with self._exchange():
             work = dist.gather(tensor, received or None, dst=root, async_op=True)
 
         def finish() -> list[Tensor]:
             with self._exchange():
                 work.wait()
+                self._settle()
             return received
 
         return finish
@@ -190,6 +196,7 @@ class TorchGroup:
         """See `Group`."""
         with self._exchange():
             dist.broadcast(tensor, src=source)
+            self._settle()
         return tensor
 
     def note(self, what: str) -> None:
@@ -209,6 +216,14 @@ class TorchGroup:
         """Destroy the process group."""
         self._marks.stop(failed=False)
         dist.destroy_process_group()
+
+    def _settle(self) -> None:
+        """Wait until the exchange is over: NCCL's calls return when it is in the GPU's queue.
+
+        Without that, a rank that is missing would be noticed outside the exchange, where nobody says who it is.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -309,9 +324,12 @@ def sees_only_its_own_gpus(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether Slurm shows each task of a step other GPUs, as with --gpus-per-task; by number they all begin at 0."""
     if "SLURM_STEP_ID" not in environment or "GROUP_WORLD_SIZE" in environment:
         return False  # torchrun hands what its one task sees to all its processes
-    per_task = environment.get("SLURM_GPUS_PER_TASK") or environment.get("SLURM_TRES_PER_TASK", "")
-    bound = environment.get("SLURM_GPU_BIND", "").startswith(("single:", "per_task:", "map_gpu:"))
-    return bound or per_task.isdecimal() or "gpu" in per_task
+    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[
+        2
+    ]  # 1, or with its type as in a100:1
+    binding = environment.get("SLURM_GPU_BIND", "").removeprefix("verbose,")
+    bound = binding.startswith(("single:", "per_task:", "map_gpu:", "mask_gpu:"))
+    return bound or per_task.isdecimal() or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
 
 
 def choose_device(wanted: str, world: World, num_gpus: int, *, own_gpus: bool = False) -> torch.device:
@@ -369,7 +387,8 @@ def join_group(
         asked_to_end: whether a signal asks this process to end; then it does not wait for one that has ended already.
 
     Raises:
-        ConfigError: nccl is asked for on a CPU, or gloo on a GPU; or the launcher's variables are wrong.
+        ConfigError: nccl is asked for on a CPU, or gloo on a GPU; some processes compute on GPUs and some on CPUs; or
+            the launcher's variables are wrong.
         LostRankError: the processes do not find each other.
     """
     fitting = "nccl" if device.type == "cuda" else "gloo"
@@ -384,7 +403,7 @@ def join_group(
     library_timeout_s = timeout_s + (2 * _PATIENCE_S if fitting == "nccl" else 0.0)
     join_s = min(join_timeout_s, timeout_s)
     with meeting.within(join_s):
-        store = meeting.wait_for_all(join_s)
+        store = meeting.wait_for_all(join_s, device.type)
         try:
             dist.init_process_group(
                 fitting,

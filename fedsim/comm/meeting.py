@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
@@ -24,6 +24,9 @@ PATIENCE_S = 10.0
 
 SHORT_S = 5.0
 """How long a look at the store may take when something is wrong already."""
+
+LINGER_S = 2.0
+"""How long rank 0, which may hold the store, stays for the others to read what is wrong."""
 
 SHOWN = 8
 """Ranks that a message names."""
@@ -68,11 +71,16 @@ class MeetingPoint:
         finally:
             timer.cancel()
 
-    def wait_for_all(self, timeout_s: float) -> Store:
+    def wait_for_all(self, timeout_s: float, device_type: str = "cpu") -> Store:
         """The store, as soon as every process has come.
+
+        Args:
+            timeout_s: how long to wait.
+            device_type: on what this process computes; those on CPUs and those on GPUs could not talk to each other.
 
         Raises:
             LostRankError: some have not come in time; names them.
+            ConfigError: they compute on different types of devices.
         """
         end_s = time.monotonic() + timeout_s
         try:
@@ -83,14 +91,23 @@ class MeetingPoint:
                 f"all tasks with srun, and check that rank 0 has started; {NETWORK_HINT}"
             ) from error
         keys = self._keys()
-        store.set(keys[self._rank], "")
+        store.set(keys[self._rank], device_type)
         try:
             store.wait(keys, timedelta(seconds=max(1.0, end_s - time.monotonic())))
+            device_types = [store.get(key).decode() for key in keys]
         except RuntimeError as error:
             raise LostRankError(
                 f"{self.who}, and {self._absent(store, keys)} after {timeout_s:g} s; check that they "
                 f"have started, or set comm.join_timeout_s; {NETWORK_HINT}"
             ) from error
+        if len(set(device_types)) > 1:
+            if self._rank == 0:
+                time.sleep(LINGER_S)
+            on_cpu = [rank for rank, chosen in enumerate(device_types) if chosen == "cpu"]
+            raise ConfigError(
+                f"run.device must come to the same on all processes, got the CPU on {_ranks(on_cpu)} and a GPU on the "
+                "others; check that every node shows a GPU for each of its processes, or set run.device=cpu"
+            )
         return PrefixStore("fedsim", store)
 
     def connect(self) -> Store:
@@ -139,13 +156,17 @@ class MeetingPoint:
             absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
         except RuntimeError:
             return "rank 0, which holds it, has gone"
-        shown = ", ".join(map(str, absent[:SHOWN])) + (", ..." if len(absent) > SHOWN else "")
-        return f"{'rank' if len(absent) == 1 else 'ranks'} {shown} had not come"
+        return f"{_ranks(absent)} had not come"
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text; its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:SHOWN])) + (", ..." if len(ranks) > SHOWN else "")
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
 
 
 def _address(rank: int, world_size: int) -> tuple[str, int]:

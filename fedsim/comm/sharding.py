@@ -1,5 +1,6 @@
 """The processes that share one copy of a base that none of them holds whole."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,13 +18,20 @@ class ShardingGroup:
         device: of this process.
         size: ranks of a group; None for all.
         offload: keep the parts in the memory of the CPU, and gather on the GPU.
+        timeout_s: after which an exchange among them fails.
 
     Raises:
         ConfigError: the group's size does not divide the number of processes.
     """
 
     def __init__(
-        self, rank: int, world_size: int, device: torch.device, size: int | None, offload: bool
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        size: int | None,
+        offload: bool,
+        timeout_s: float = 1800.0,
     ) -> None:
         self.size = world_size if size is None else size
         if self.size < 2 or world_size % self.size:
@@ -37,7 +45,9 @@ class ShardingGroup:
         self._device = device
         self.group: Any = None
         for first in range(0, world_size, self.size):  # every rank takes part in making every group
-            group = dist.new_group(list(range(first, first + self.size)))
+            group = dist.new_group(
+                list(range(first, first + self.size)), timeout=timedelta(seconds=timeout_s)
+            )
             if first <= rank < first + self.size:
                 self.group = group
 

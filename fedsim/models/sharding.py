@@ -197,6 +197,7 @@ def load_sharded(
     Raises:
         ModelError: DeepSpeed is not installed; weights are missing or have another shape.
     """
+    _name_device(device)
     import torch._dynamo  # DeepSpeed replaces torch's constructors meanwhile, at which its import would take offence
     from transformers import AutoModelForCausalLM, initialization
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
@@ -338,7 +339,8 @@ def deepspeed_settings(offload: bool) -> dict[str, Any]:
         "stage3_max_reuse_distance": 0,
     }
     if offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
 
 
@@ -357,14 +359,23 @@ def sharded_fingerprint(model: nn.Module, content: Callable[[Tensor], bytes], di
     return str(digest.hexdigest())
 
 
+def _name_device(device: torch.device) -> None:
+    """Tell DeepSpeed, before it is loaded, where this process computes; it would take the GPU of LOCAL_RANK.
+
+    Under srun that is another number than the device's where each task sees a GPU of its own.
+    """
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
 def _deepspeed() -> Any:
     """The library.
 
     Raises:
         ModelError: it is not installed, or does not run here.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import deepspeed
     except ImportError as error:

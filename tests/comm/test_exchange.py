@@ -285,7 +285,10 @@ def test_gpus_of_a_task():
         ({"SLURM_GPUS_PER_TASK": "1"}, True),
         ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu=1"}, True),
         ({"SLURM_TRES_PER_TASK": "cpu=4"}, False),
+        ({"SLURM_GPUS_PER_TASK": "a100:1"}, True),
         ({"SLURM_GPU_BIND": "single:1"}, True),
+        ({"SLURM_GPU_BIND": "verbose,single:1"}, True),
+        ({"SLURM_GPU_BIND": "mask_gpu:0x1,0x2"}, True),
         ({"SLURM_GPU_BIND": "closest"}, False),
         ({"SLURM_GPUS_PER_TASK": "4", "GROUP_WORLD_SIZE": "2"}, False),
     ):

@@ -18,7 +18,7 @@ import logging, os, signal, sys, time
 import torch
 from fedsim.comm import meeting
 from fedsim.comm.group import join_group
-from fedsim.errors import LostRankError
+from fedsim.errors import ConfigError, LostRankError
 
 meeting.PATIENCE_S, meeting.SHORT_S = {PATIENCE_S}, {SHORT_S}
 logging.basicConfig(level=logging.ERROR, format="%(message)s")
@@ -31,6 +31,12 @@ if fate == "dies with the store":
     store.wait(["joined/1"])
     os.kill(os.getpid(), signal.SIGKILL)
 print("began", flush=True)
+try:
+    if fate.startswith("says "):
+        meeting.MeetingPoint(method, rank, world_size).wait_for_all({JOIN_S}, fate.removeprefix("says "))
+except ConfigError as error:
+    print(f"ConfigError: {{error}}", file=sys.stderr)
+    sys.exit(2)
 try:
     join_group(rank, world_size, torch.device("cpu"), "gloo", 1000.0, method, join_timeout_s={JOIN_S})
 except LostRankError as error:
@@ -101,3 +107,22 @@ def test_one_that_never_comes_is_named() -> None:
     assert code == 1, said
     assert JOIN_S * 0.9 < took_s < BOUND_S
     assert "rank 1 had not come" in said
+
+
+@pytest.mark.parametrize("store", ["file", "tcp"])
+def test_processes_on_cpus_and_on_gpus_are_told_so(store: str, tmp_path: Path) -> None:
+    """They would wait for each other until the time is over, and blame the network."""
+    port = free_port()
+    method = f"file://{tmp_path / 'meet'}" if store == "file" else "env://"
+    fates = ["says cuda", "says cpu", "says cpu"]
+    ends = [
+        end_of(process) for process in [start(rank, 3, method, fate, port) for rank, fate in enumerate(fates)]
+    ]
+
+    for code, said, took_s in ends:
+        assert code == 2, said
+        assert (
+            "run.device must come to the same on all processes, got the CPU on ranks 1, 2 and a GPU on the"
+            in said
+        )
+        assert took_s < JOIN_S + PATIENCE_S
