@@ -85,6 +85,7 @@ def gather_stacks(
     adapters: Mapping[int, AdapterState],
     owners: Mapping[str, int],
     sides: Sides = BOTH,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, tuple[LoraFactors, ...]]]:
     """Send the factors of each module to the rank that owns it, one module after another.
 
@@ -97,10 +98,11 @@ def gather_stacks(
         adapters: what this rank sends, by number: client_id, or whatever decides the order; none is fine.
         owners: module -> rank that gets it, for the modules of every adapter, in the order in which they travel.
         sides: factors that travel; the others are `absent` in the stream.
+        device: of the factors in the stream; None for the group's. Each rank's buffer goes there in one piece.
 
     Yields:
-        (module, factors of all K adapters in the order of their numbers), on the group's device, for the modules that
-        this rank owns; they are in the stream even if nobody sends anything.
+        (module, factors of all K adapters in the order of their numbers) for the modules that this rank owns; they are
+        in the stream even if nobody sends anything.
 
     Raises:
         AggregationError: adapters disagree about the modules or dtypes, or two have one number.
@@ -117,7 +119,7 @@ def gather_stacks(
     under_way: deque[tuple[str, Callable[[], tuple[LoraFactors, ...]]]] = deque()
     limit = AHEAD * len(set(owners.values()))
     for module, owner in owners.items():
-        under_way.append((module, _start_module(group, module, owner, adapters, by_rank, sides)))
+        under_way.append((module, _start_module(group, module, owner, adapters, by_rank, sides, device)))
         if len(under_way) > limit:
             yield from _arrived(group, owners, *under_way.popleft())
     while under_way:
@@ -145,6 +147,7 @@ def _start_module(
     adapters: Mapping[int, AdapterState],
     by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]],
     sides: Sides,
+    device: torch.device | None,
 ) -> Callable[[], tuple[LoraFactors, ...]]:
     """Begin to send one module to its owner, each rank one buffer, padded to the longest.
 
@@ -154,7 +157,7 @@ def _start_module(
     lengths = [sum(shapes[module].num_values(sides) for shapes in part.values()) for part in by_rank]
     if not max(lengths):  # nothing travels: an empty buffer is not worth a collective, and every rank knows
         empty = torch.empty(0, dtype=_dtype(module, by_rank), device=group.device)
-        return lambda: _unpacked(module, by_rank, [empty] * group.world_size, sides)
+        return lambda: _unpacked(module, by_rank, [empty] * group.world_size, sides, device)
     parts = [
         getattr(adapters[number][module], side).reshape(-1).to(group.device)
         for number in by_rank[group.rank]
@@ -163,7 +166,7 @@ def _start_module(
     padding = max(lengths) - lengths[group.rank]
     buffer = torch.cat([*parts, torch.zeros(padding, dtype=_dtype(module, by_rank), device=group.device)])
     finish = group.start_gather(buffer, owner)
-    return lambda: _unpacked(module, by_rank, finish(), sides)
+    return lambda: _unpacked(module, by_rank, finish(), sides, device)
 
 
 def _dtype(module: str, by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]]) -> torch.dtype:
@@ -176,10 +179,12 @@ def _unpacked(
     by_rank: Sequence[Mapping[int, Mapping[str, FactorsShape]]],
     everywhere: Sequence[Tensor],
     sides: Sides,
+    device: torch.device | None,
 ) -> tuple[LoraFactors, ...]:
     """The factors that lie in the buffers of all ranks, in the order of their numbers; none without buffers."""
     received: dict[int, LoraFactors] = {}
-    for part, data in zip(by_rank, everywhere, strict=False):
+    for part, buffer in zip(by_rank, everywhere, strict=False):
+        data = buffer if device is None else buffer.to(device)
         position = 0
         for number, shapes in part.items():
             end = position + shapes[module].num_values(sides)

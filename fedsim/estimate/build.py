@@ -29,12 +29,12 @@ from fedsim.models.cpu_linear import choose_cpu_linear
 from fedsim.models.description import build_empty_base
 from fedsim.models.packing import HAS_VARLEN
 from fedsim.models.quantized import Quantization, weight_bytes
+from fedsim.models.rows import MAX_ROW_VALUES
 from fedsim.models.stacked import DENSE_ROWS_AT_LEAST, DENSE_SHARE
 from fedsim.server.build import build_local_training, build_tests, sample_examples
 from fedsim.server.engine import MAX_TOKENS
 from fedsim.server.summary import RunSummary
 from fedsim.server.waiting import most_waiting_bytes
-from fedsim.training.packed import MAX_ROW_VALUES
 
 logger = logging.getLogger(__name__)
 

@@ -161,7 +161,7 @@ class Facts:
             "training": self._training(self._largest.rank_rows, self._most_tokens),
             "tests": evaluation(
                 self.costs,
-                self.workload.counter.most_ranks,
+                min(self.workload.counter.most_ranks, self.workload.limits.max_rows),
                 self.width,
                 self.factor_bytes,
                 max(
@@ -171,6 +171,7 @@ class Facts:
                 ),
                 self.half,
                 self.workload.limits.padded,
+                self.device.kind == "cuda",
             ),
             "the exchange": exchange(
                 max((one.module_bytes for one in traffic), key=sum),
@@ -210,6 +211,7 @@ class Facts:
                 checkpointed=self.settings.checkpointed,
                 padded=self.workload.limits.padded,
                 half=self.half,
+                on_gpu=self.device.kind == "cuda",
             ),
         )
         trained = max(
@@ -220,9 +222,9 @@ class Facts:
         trained *= self.factor_bytes
         waiting = int(min(trained, self.settings.most_waiting_bytes))
         waiting += 0 if self.workload.shares_start else trained
-        kept = 2 * self.workload.counter.most_ranks * self.width * self.factor_bytes
+        kept = self.workload.counter.most_rank * self.width * self.factor_bytes
         return Phase(
-            {**phase.parts, "trained adapters of its clients": waiting, "adapters of the last test": kept}
+            {**phase.parts, "trained adapters of its clients": waiting, "adapter of the last test": kept}
         )
 
     def _rank_sum(self, client_id: int, round_index: int) -> int:

@@ -35,6 +35,7 @@ class TrainingShape:
         checkpointed: whether each layer is computed again in the backward pass.
         padded: logits of all tokens at once, and kept; clients one after another.
         half: activations are in half precision.
+        on_gpu: the process computes on a GPU.
     """
 
     rank_rows: int
@@ -46,6 +47,7 @@ class TrainingShape:
     checkpointed: bool
     padded: bool
     half: bool
+    on_gpu: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def row_bytes(rank_rows: int, row_width: int, factor_bytes: int, term_buffers: f
     return int(rank_rows * row_width * factor_bytes * (OPTIMIZER_BUFFERS + term_buffers))
 
 
-def logits_bytes(tokens: int, vocab_size: int, half: bool, padded: bool) -> int:
+def logits_bytes(tokens: int, vocab_size: int, half: bool, padded: bool, on_gpu: bool) -> int:
     """Logits that exist at once: a chunk of the frozen cross-entropy, or those of a whole padded batch.
 
     In half precision the float32 chunk stands beside the half-precision one it is made from.
@@ -108,7 +110,7 @@ def logits_bytes(tokens: int, vocab_size: int, half: bool, padded: bool) -> int:
     whole = tokens * vocab_size * 4
     if padded:
         return whole * 3 + (whole if half else 0)
-    return int(min(whole, LOGITS_BUDGET_BYTES) * (1.5 if half else 1.0))
+    return int(min(whole, LOGITS_BUDGET_BYTES["cuda" if on_gpu else "cpu"]) * (1.5 if half else 1.0))
 
 
 def training(costs: ModelCosts, shape: TrainingShape) -> Phase:
@@ -116,7 +118,7 @@ def training(costs: ModelCosts, shape: TrainingShape) -> Phase:
     slots = row_bytes(shape.rank_rows, shape.row_width, shape.factor_bytes, shape.term_buffers)
     step = shape.rank_rows * shape.row_width * shape.factor_bytes * STEP_BUFFERS
     kept = int(shape.row_tokens * activation_bytes_per_token(costs, shape.checkpointed))
-    logits = logits_bytes(shape.label_tokens, costs.vocab_size, shape.half, shape.padded)
+    logits = logits_bytes(shape.label_tokens, costs.vocab_size, shape.half, shape.padded, shape.on_gpu)
     logits += int(2 * shape.label_tokens * costs.hidden_bytes)
     working = int(shape.row_tokens * costs.widest_bytes * WORKING_ACTIVATIONS)
     parts = {"adapters in slots, gradients, optimizer": slots}
@@ -136,14 +138,15 @@ def evaluation(
     batch_tokens: int,
     half: bool,
     padded: bool,
+    on_gpu: bool,
 ) -> Phase:
     """A test batch without gradients, under adapters of `adapter_rows` rank rows together."""
     hidden = int(batch_tokens * (WORKING_ACTIVATIONS * costs.widest_bytes + 2 * costs.hidden_bytes))
     return Phase(
         {
-            "adapters under test": 2 * adapter_rows * row_width * factor_bytes,
+            "adapters under test": adapter_rows * row_width * factor_bytes,
             "test batch": hidden,
-            "logits": logits_bytes(batch_tokens, costs.vocab_size, half, padded),
+            "logits": logits_bytes(batch_tokens, costs.vocab_size, half, padded, on_gpu),
         }
     )
 

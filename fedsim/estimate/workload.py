@@ -319,6 +319,7 @@ class CountingScorer:
         work: since `start`.
         ranks: LoRA rank of the adapters, by id.
         most_ranks: rank rows of the adapters that were measured together, at most, ever.
+        most_rank: rank rows of one adapter that was measured alone, at most, ever.
     """
 
     def __init__(self, padded: bool = False) -> None:
@@ -326,6 +327,7 @@ class CountingScorer:
         self.work = Work()
         self.ranks: Mapping[int, int] = {}
         self.most_ranks = 0
+        self.most_rank = 0
 
     def start(self) -> None:
         """Count from 0."""
@@ -336,6 +338,8 @@ class CountingScorer:
     ) -> list[NDArray[np.float64]]:
         """Zeros; see `Scorer`."""
         ranks = [self.ranks.get(id(adapter), 1) for adapter in adapters]
+        if len(ranks) == 1:
+            self.most_rank = max(self.most_rank, *ranks)
         if self.padded:
             self.work += total([_padded(store.num_tokens[part]) for part in parts])
             self.most_ranks = max(self.most_ranks, *ranks)

@@ -1,6 +1,5 @@
 """Loss sums of single examples under an adapter: with padded batches, or with packed rows."""
 
-import operator
 from collections.abc import Sequence
 from typing import Protocol, final
 
@@ -15,7 +14,7 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.losses import label_losses
 from fedsim.models.out_of_memory import SmallerParts
 from fedsim.models.packing import pack_tokens
-from fedsim.models.rows import RankRows
+from fedsim.models.rows import MAX_ROW_VALUES, RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
 from fedsim.models.targets import check_same_modules
 
@@ -57,6 +56,10 @@ def _half_the_work(work: Work) -> tuple[Work, Work] | None:
         return (adapters[:middle], parts[:middle]), (adapters[middle:], parts[middle:])
     cut = _halves(parts[0])
     return None if cut is None else ((adapters, [cut[0]]), (adapters, [cut[1]]))
+
+
+def _largest_rank(adapter: AdapterState) -> int:
+    return max(factors.rank for factors in adapter.values())
 
 
 @final
@@ -110,24 +113,39 @@ class PackedScorer:
 
     def __init__(self, model: StackedModel) -> None:
         self._model = model
-        self._loaded: tuple[tuple[AdapterState, ...], RankRows] | None = None
+        self._loaded: tuple[AdapterState, RankRows] | None = None
         self._parts = SmallerParts("a test batch", model.device, BUDGET_KEY)
 
     def losses(
         self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
     ) -> list[Floats]:
         """See `Scorer`."""
-        losses = self._parts.run(
-            (adapters, parts),
-            lambda work: int(store.num_tokens[np.concatenate(work[1])].sum()),
-            lambda work: self._losses(work[0], store, work[1]),
-            _half_the_work,
-        )
+        losses = [
+            measured
+            for some in self._together(adapters)
+            for measured in self._parts.run(
+                (adapters[some], parts[some]),
+                lambda work: int(store.num_tokens[np.concatenate(work[1])].sum()),
+                lambda work: self._losses(work[0], store, work[1]),
+                _half_the_work,
+            )
+        ]
         if len(losses) == len(parts):
             return losses
         # some adapter's examples were cut
         ends = np.cumsum([len(part) for part in parts])
         return np.split(np.concatenate(losses), ends[:-1])
+
+    def _together(self, adapters: Sequence[AdapterState]) -> list[slice]:
+        """Which adapters are in one row: neighbours, as many as `MAX_ROW_VALUES` allows."""
+        most = MAX_ROW_VALUES[self._model.device.type] // sum(i + o for i, o in self._model.targets.values())
+        starts, rank_rows = [0], 0
+        for index, rank in enumerate(map(_largest_rank, adapters)):
+            if index and rank_rows + rank > most:
+                starts.append(index)
+                rank_rows = 0
+            rank_rows += rank
+        return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(adapters)], strict=True)]
 
     def _losses(
         self, adapters: Sequence[AdapterState], store: TokenStore, parts: Sequence[Ints]
@@ -147,17 +165,21 @@ class PackedScorer:
         return np.split(by_example.astype(np.float64), np.cumsum(sizes)[:-1])
 
     def _load(self, adapters: tuple[AdapterState, ...]) -> RankRows:
-        """Rank rows that hold the adapters; those of the last call if they are the same objects."""
-        if self._loaded is not None:
-            before, rows = self._loaded
-            if len(before) == len(adapters) and all(map(operator.is_, before, adapters)):
-                return rows
+        """Rank rows that hold the adapters; those of the last call if it had the same one.
+
+        Those of several are not kept: they would lie in the way of the halves when memory does not suffice, and of the
+        next round's training.
+        """
+        if self._loaded is not None and len(adapters) == 1 and self._loaded[0] is adapters[0]:
+            return self._loaded[1]
+        self._loaded = None
         for adapter in adapters:
             check_same_modules(adapter, self._model.targets)
-        ranks = [max(factors.rank for factors in adapter.values()) for adapter in adapters]
+        ranks = [_largest_rank(adapter) for adapter in adapters]
         dtype = next(iter(adapters[0].values())).A.dtype
-        rows = RankRows(self._model.targets, ranks, dtype, self._model.device)
+        rows = RankRows(self._model.targets, ranks, dtype, self._model.device, trains=False)
         for slot, adapter in enumerate(adapters):
             rows.load(slot, adapter)
-        self._loaded = (adapters, rows)
+        if len(adapters) == 1:
+            self._loaded = (adapters[0], rows)
         return rows

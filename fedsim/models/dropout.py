@@ -10,6 +10,7 @@ Letters: T = tokens, i = features of a module's input.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -69,11 +70,16 @@ def keyed_base_dropout(tokens: Tensor) -> Iterator[None]:
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, ARG001
         if not training or p == 0:
             return input
-        features = feature_keys(-1 - next(calls), input.shape[-1]).to(input.device)
+        features = _features_on(-1 - next(calls), input.shape[-1], input.device)
         return input * keep_mask(tokens, features, p, input.dtype).view(input.shape)
 
     with _replaced_dropout(dropout):
         yield
+
+
+@lru_cache(maxsize=1024)  # one a call of the forward pass; made anew, each would wait for the GPU
+def _features_on(module_index: int, num_features: int, device: torch.device) -> Tensor:
+    return feature_keys(module_index, num_features).to(device)
 
 
 @contextmanager

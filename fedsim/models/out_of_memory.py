@@ -10,7 +10,13 @@ import torch
 from fedsim.errors import ModelError
 
 CPU_MESSAGES = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
-CUDA_MESSAGES = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+CUDA_MESSAGES = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # what it says where there is no memory left for its handle
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 
 ROUNDING = "results stay the same to rounding, which from here on depends on this machine's memory"
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.data.tokens import TokenStore
+from fedsim.models.transfer import to_device
 
 ATTENTION = "fedsim_packed"
 """Name under which `packed_attention` is registered with transformers."""
@@ -27,6 +28,12 @@ BUCKET_STEP = 16
 
 HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 """Whether this torch has attention over sequences of different lengths; on GPUs only, in half precision."""
+
+VARLEN_CAPABILITY = (8, 0)
+"""GPUs before that, such as V100 and T4, have no kernel for it."""
+
+VARLEN_WIDTH = 256
+"""Widest head of its kernel."""
 
 Ints = NDArray[np.int64]
 
@@ -115,7 +122,7 @@ def pack_tokens(store: TokenStore, parts: Sequence[Ints], device: torch.device) 
     owner = np.repeat(np.arange(len(parts)), tokens_of_part)
 
     def put(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+        return to_device(array, device, torch.int64)
 
     return PackedTokens(
         input_ids=put(tokens)[None],
@@ -148,13 +155,13 @@ def layout_of(lengths: Ints, device: torch.device) -> PackedLayout:
         buckets.append(Bucket(row, len(members), length))
         row += length * len(members)
     starts = np.cumsum(lengths) - lengths
-    boundaries = np.concatenate((starts, [lengths.sum()])).astype(np.int32)
+    boundaries = np.concatenate((starts, [lengths.sum()]))
     padded_rows = np.repeat(first_row - starts, lengths) + np.arange(lengths.sum())
     return PackedLayout(
-        padded_rows=torch.from_numpy(padded_rows).to(device),
+        padded_rows=to_device(padded_rows, device, torch.int64),
         num_padded_rows=row,
         buckets=tuple(buckets),
-        boundaries=torch.from_numpy(boundaries).to(device),
+        boundaries=to_device(boundaries, device, torch.int32),
         longest=int(lengths.max()),
     )
 
@@ -190,9 +197,19 @@ def packed_attention(
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and HAS_VARLEN:
+    if _has_flash_attention(query):
         return _flash_attention(query, key, value, scaling, packed_layout), None
     return _bucketed_attention(query, key, value, scaling, packed_layout), None
+
+
+def _has_flash_attention(query: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and HAS_VARLEN
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= VARLEN_WIDTH
+        and torch.cuda.get_device_capability(query.device) >= VARLEN_CAPABILITY
+    )
 
 
 def _flash_attention(

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GROUPED_MAJORS = (9, 10)
+"""Compute capabilities whose GPUs have a kernel for grouped products, in bfloat16 only."""
+
 ALIGNMENT_BYTES = 16
 """Grouped products take matrices whose rows begin at multiples of this."""
 
@@ -160,7 +163,7 @@ class GroupedProduct:
 
 
 def may_be_grouped(
-    capacities: Sequence[int], widths: Sequence[int], row_width: int, dtype: torch.dtype
+    capacities: Sequence[int], widths: Sequence[int], row_width: int, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether `GroupedProduct` can be used.
 
@@ -169,11 +172,20 @@ def may_be_grouped(
         widths: in and out features of all adapted modules.
         row_width: values of a rank row.
         dtype: of the product.
+        device: of the product.
     """
     if not hasattr(F, "grouped_mm") or dtype not in (torch.float32, torch.bfloat16):
         return False
+    if device.type == "cuda" and not _has_grouped_kernel(dtype, device):
+        return False
     unit = ALIGNMENT_BYTES // dtype.itemsize
     return len(set(capacities)) == 1 and all(size % unit == 0 for size in (capacities[0], row_width, *widths))
+
+
+def _has_grouped_kernel(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a GPU multiplies all groups at once; elsewhere torch waits for the GPU and does one after another."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return dtype == torch.bfloat16 and major in GROUPED_MAJORS
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:

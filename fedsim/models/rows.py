@@ -15,6 +15,12 @@ from torch import Tensor, nn
 
 from fedsim.lora.factors import AdapterState, LoraFactors
 
+MAX_ROW_VALUES = {"cuda": 2**29, "cpu": 2**27}
+"""Most values in the rank rows of all slots. In training there are four buffers of them, or up to seven with what plans
+add; under test one. So adapters of high rank have fewer slots: at full rank, a client of OPT-125M with six modules has
+127 million values. In float32 a buffer of this size takes 2 GiB on a GPU, where slots pay most, and 0.5 GiB a process
+on a CPU."""
+
 
 class RankRows:
     """Parameters and gradients of a number of slots, each holding one client's adapter at a time.
@@ -25,10 +31,11 @@ class RankRows:
             rest at 0, where they stay: rows of A and columns of B that are 0 have no gradient.
         dtype: of all buffers.
         device: of all buffers.
+        trains: whether there are gradients.
 
     Attributes:
         values: (R, W).
-        gradients: (R, W).
+        gradients: (R, W), or (0, W) if nothing trains.
         slot_of_row: (R,) int64.
         row_ranges: first row and end of each slot.
         widths: columns of A and B of each module in turn.
@@ -40,8 +47,11 @@ class RankRows:
         capacities: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        trains: bool = True,
     ) -> None:
         self.targets = dict(targets)
+        self._trains = trains
         ends = torch.tensor(capacities).cumsum(0).tolist()
         self.row_ranges = tuple((end - capacity, end) for end, capacity in zip(ends, capacities, strict=True))
         self.slot_of_row = torch.repeat_interleave(
@@ -55,16 +65,17 @@ class RankRows:
             self._columns[module] = (slice(width, middle), slice(middle, end))
             width = end
         self.values = torch.zeros(ends[-1], width, dtype=dtype, device=device)
-        self.gradients = torch.zeros_like(self.values)
+        self.gradients = torch.zeros(ends[-1] if trains else 0, width, dtype=dtype, device=device)
         self._scalings: list[dict[str, float]] = [{} for _ in capacities]
         self._ranks: list[dict[str, int]] = [{} for _ in capacities]
 
     def parameters(self, module: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A (R, i) and B transposed (R, o) of all slots: leaves that share `values` and collect into `gradients`."""
+        """A (R, i) and B transposed (R, o) of all slots: leaves that share `values`, and collect into `gradients`."""
         leaves = []
         for columns in self._columns[module]:
-            leaf = nn.Parameter(self.values[:, columns])
-            leaf.grad = self.gradients[:, columns]
+            leaf = nn.Parameter(self.values[:, columns], requires_grad=self._trains)
+            if self._trains:
+                leaf.grad = self.gradients[:, columns]
             leaves.append(leaf)
         return leaves[0], leaves[1]
 
@@ -95,7 +106,8 @@ class RankRows:
         """Empty a slot: its rows become 0."""
         rows = slice(*self.row_ranges[slot])
         self.values[rows] = 0
-        self.gradients[rows] = 0
+        if self._trains:
+            self.gradients[rows] = 0
         self._scalings[slot] = {}
         self._ranks[slot] = {}
 

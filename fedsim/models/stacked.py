@@ -20,6 +20,7 @@ from fedsim.models.passes import FreePasses, Passes
 from fedsim.models.products import GroupedProduct, RowProduct, Tile, TiledProduct, may_be_grouped
 from fedsim.models.rows import RankRows
 from fedsim.models.targets import set_module
+from fedsim.models.transfer import to_device
 
 DENSE_SHARE = 4
 """One dense product over all rank rows pays while they are at most 1 / DENSE_SHARE of a module's width."""
@@ -311,7 +312,7 @@ def _may_be_grouped(rows: RankRows, slots: Sequence[int], dtype: torch.dtype) ->
     capacities = [rows.row_ranges[slot][1] - rows.row_ranges[slot][0] for slot in slots]
     neighbours = slots[-1] - slots[0] + 1 == len(slots)
     widths = [width for shape in rows.targets.values() for width in shape]
-    return neighbours and may_be_grouped(capacities, widths, rows.values.shape[1], dtype)
+    return neighbours and may_be_grouped(capacities, widths, rows.values.shape[1], dtype, rows.values.device)
 
 
 def _grouped(
@@ -326,8 +327,8 @@ def _grouped(
     return GroupedProduct(
         rows=slice(first[0], last[1]),
         capacity=first[1] - first[0],
-        ends=torch.tensor([end for _, end in packed.token_ranges], dtype=torch.int32, device=device),
-        scaling=torch.tensor(scalings, dtype=dtype, device=device)[packed.owner_of_token][:, None],
+        ends=to_device([end for _, end in packed.token_ranges], device, torch.int32),
+        scaling=to_device(scalings, device, dtype)[packed.owner_of_token][:, None],
     )
 
 
@@ -348,9 +349,9 @@ def _tile(
         return Tile(tokens, own_rows, scalings[group[0]])
     device = packed.owner_of_token.device
     owner = packed.owner_of_token[tokens]
-    slot_of_part = torch.tensor(slots, device=device)
+    slot_of_part = to_device(slots, device, torch.int64)
     belongs = slot_of_part[owner][:, None] == rows.slot_of_row[rank_rows][None, :]
-    scaling = torch.tensor(scalings, dtype=dtype, device=device)[owner]
+    scaling = to_device(scalings, device, dtype)[owner]
     return Tile(tokens, rank_rows, belongs.to(dtype).mul_(scaling[:, None]))
 
 

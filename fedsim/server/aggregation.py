@@ -79,15 +79,14 @@ class Aggregator:
             return Aggregated(replace(state, round_index=state.round_index + 1)), 0.0
         sides = strategy.sends(state)
         owners = share_out(state.adapter, group.world_size if self.sharded else 1)
-        stream = _TimedStream(gather_stacks(group, sent, owners, sides))
+        stream = _TimedStream(gather_stacks(group, sent, owners, sides, self.device))
         what = f"aggregation, round {state.round_index}"
 
         def work(arriving: FactorStream) -> Aggregated:
             here = state.to(self.device)
-            own = ((module, self._put(cohort)) for module, cohort in arriving)
             if not strategy.traits.takes_mean:
-                return strategy.aggregate(here, reports, own)
-            means = mean_stream(own, reports, here.adapter, self.weighting, sides)
+                return strategy.aggregate(here, reports, arriving)
+            means = mean_stream(arriving, reports, here.adapter, self.weighting, sides)
             return strategy.aggregate(here, [virtual_report(here.adapter)], means)
 
         takes_part = self.sharded or group.rank == 0
@@ -95,9 +94,6 @@ class Aggregator:
         if self.sharded:
             return _share_parts(group, state, result, owners), stream.seconds
         return _send_from_root(group, state, result, list(state.adapter)), stream.seconds
-
-    def _put(self, cohort: Sequence[LoraFactors]) -> tuple[LoraFactors, ...]:
-        return tuple(factors.map(lambda factor: factor.to(self.device)) for factors in cohort)
 
 
 def share_out(adapter: AdapterState, num_owners: int) -> dict[str, int]:

@@ -26,8 +26,9 @@ from fedsim.models.adapted import BASE_DROPOUT, LORA_DROPOUT
 from fedsim.models.dropout import token_keys
 from fedsim.models.out_of_memory import REMEDIES, ROUNDING, first_line, free_cached, is_out_of_memory, place
 from fedsim.models.packing import PackedTokens, pack_tokens
-from fedsim.models.rows import RankRows
+from fedsim.models.rows import MAX_ROW_VALUES, RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
+from fedsim.models.transfer import to_device
 from fedsim.training.loss_scale import loss_scales
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.plans import check_plan
@@ -38,11 +39,6 @@ from fedsim.training.settings import learning_rate
 from fedsim.training.slots import plan_slots_within
 
 logger = logging.getLogger(__name__)
-
-MAX_ROW_VALUES = {"cuda": 2**29, "cpu": 2**27}
-"""Most values in the rank rows of all slots, of which there are four buffers, or up to seven with what plans add. So
-adapters of high rank have fewer slots: at full rank, a client of OPT-125M with six modules has 127 million values. In
-float32 a buffer of this size takes 2 GiB on a GPU, where slots pay most, and 0.5 GiB a process on a CPU."""
 
 Ints = NDArray[np.int64]
 
@@ -299,10 +295,8 @@ class PackedTrainer:
             self._padded_rows += packed.layout.num_padded_rows
             self._tokens += packed.input_ids.numel()
             members = [index_of[id(part.runner)] for part in parts]
-            share = torch.tensor(
-                [scales[index] / targets[index] for index in members],
-                dtype=torch.float64,
-                device=self.model.device,
+            share = to_device(
+                [scales[index] / targets[index] for index in members], self.model.device, torch.float64
             )
             weights = share[packed.owner_of_label].to(rows.values.dtype)
             plan = StepPlan(
@@ -314,7 +308,7 @@ class PackedTrainer:
             with self.model.planned(plan):
                 there_and_back = functools.partial(self._there_and_back, packed, weights, dropout)
                 losses = self.model.passes.run("train", there_and_back)
-            owner = torch.tensor(members, device=self.model.device)
+            owner = to_device(members, self.model.device, torch.int64)
             totals.index_add_(0, owner[packed.owner_of_label], losses.double())
         self._row = (0, 0)
         values: list[float] = totals.tolist()
@@ -415,7 +409,7 @@ class PackedTrainer:
             for part in parts
             for index, examples in enumerate(part.examples)
         ]
-        return torch.from_numpy(np.concatenate(keys)).to(self.model.device)
+        return to_device(np.concatenate(keys), self.model.device, torch.int32)
 
     def _finish(
         self, rows: RankRows, runner: _Runner, pack_index: int, round_index: int

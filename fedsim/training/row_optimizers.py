@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsim.lora.plan import ClientPlan
 from fedsim.models.rows import RankRows
+from fedsim.models.transfer import to_device
 from fedsim.training.row_terms import RowTerms
 from fedsim.training.settings import OptimizerSettings
 
@@ -134,4 +135,4 @@ class RowOptimizer:
         by_slot = np.full(self._num_slots, otherwise)
         by_slot[[step.slot for step in steps]] = values
         device, dtype = self.rows.values.device, self.rows.values.dtype
-        return torch.from_numpy(by_slot).to(device)[self.rows.slot_of_row].to(dtype)[:, None]
+        return to_device(by_slot, device, torch.float64)[self.rows.slot_of_row].to(dtype)[:, None]

@@ -134,7 +134,7 @@ def test_only_the_sides_that_travel_are_gathered() -> None:
 
 
 def shape(rank_rows: int, row_tokens: int, checkpointed: bool = False) -> TrainingShape:
-    return TrainingShape(rank_rows, 1000, 4, 0.0, row_tokens, row_tokens, checkpointed, False, False)
+    return TrainingShape(rank_rows, 1000, 4, 0.0, row_tokens, row_tokens, checkpointed, False, False, False)
 
 
 def test_what_fits_does_fit_and_one_more_does_not() -> None:

@@ -1,6 +1,7 @@
 """Rows, packs and test batches that do not fit the memory are cut, and nothing but rounding changes."""
 
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from fedsim.lora.plan import ClientPlan
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.generate import GreedyGenerator
 from fedsim.models.out_of_memory import is_out_of_memory
-from fedsim.models.rows import RankRows
+from fedsim.models.rows import MAX_ROW_VALUES, RankRows
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.training.packed import PackedTrainer
@@ -189,6 +190,11 @@ def test_other_errors_are_not_taken_for_it(store, monkeypatch):
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(RuntimeError(CPU_TEXT))
     assert is_out_of_memory(MemoryError())
+    for text in (
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    ):
+        assert is_out_of_memory(RuntimeError(text)), text
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("not enough memory"))
     starts = starts_for(tiny_opt(torch.float64), TWO, torch.float64)
@@ -204,6 +210,47 @@ def test_other_errors_are_not_taken_for_it(store, monkeypatch):
 
 def adapters_for(model: torch.nn.Module, count: int = 3) -> list[AdapterState]:
     return [random_adapter(find_targets(model, TWO), 2, torch.float64, seed) for seed in range(count)]
+
+
+def test_what_failed_is_let_go_before_the_halves_are_tried(store, monkeypatch):
+    """The adapters of a test row that does not fit would otherwise lie in the way of its halves."""
+    model = tiny_opt(torch.float64)
+    adapters = adapters_for(model)
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def watched(self: RankRows, *arguments: Any, **keywords: Any) -> None:
+        alive.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(self))
+        init(self, *arguments, **keywords)
+        assert self.gradients.numel() == 0
+
+    init = RankRows.__init__
+    monkeypatch.setattr(RankRows, "__init__", watched)
+    scorer = PackedScorer(StackedModel(model, find_targets(model, TWO), CPU))
+    parts = [np.arange(9, dtype=np.int64), np.arange(9, 14, dtype=np.int64), np.array([20], dtype=np.int64)]
+    with small_memory(model, 45, in_backward=False):
+        scorer.losses(adapters, store, parts)
+    assert len(alive) > 2
+    assert set(alive) == {0}
+
+
+def test_adapters_under_test_are_no_more_than_the_slots_may_hold(store, monkeypatch):
+    model = tiny_opt(torch.float64)
+    targets = find_targets(model, TWO)
+    adapters, parts = adapters_for(model, 5), [np.array([index]) for index in range(5)]
+    scorer = PackedScorer(StackedModel(model, targets, CPU))
+    together = scorer.losses(adapters, store, parts)
+    rows: list[int] = []
+    measure = scorer._losses
+    monkeypatch.setattr(
+        scorer, "_losses", lambda some, *rest: rows.append(2 * len(some)) or measure(some, *rest)
+    )
+    monkeypatch.setitem(MAX_ROW_VALUES, "cpu", 5 * sum(i + o for i, o in targets.values()))
+    apart = scorer.losses(adapters, store, parts)
+    assert rows == [4, 4, 2]
+    for mine, theirs in zip(apart, together, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-10)
 
 
 @pytest.mark.parametrize("packed", [True, False])
