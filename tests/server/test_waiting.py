@@ -63,8 +63,8 @@ def test_nothing_of_a_pack_stays_on_the_device(monkeypatch):
     rows: list[weakref.ref] = []
     make = RankRows.__init__
 
-    def noted(self: RankRows, *arguments: Any) -> None:
-        make(self, *arguments)
+    def noted(self: RankRows, *arguments: Any, **keywords: Any) -> None:
+        make(self, *arguments, **keywords)
         rows.append(weakref.ref(self.values))
 
     monkeypatch.setattr(RankRows, "__init__", noted)
