@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -407,7 +407,7 @@ def _run_rounds(
             asked = first_reason(group, stops.reason())
             with all_or_none(group, f"recording round {round_index}"):
                 if records is not None:
-                    _settle_checkpoint(run, state, records)
+                    _settle_checkpoint(run, [before, state], records)
                     metrics = round_metrics(report, _payload_mib(run, before, report))
                     if round_index == 0 and initial_loss is not None:
                         metrics["test/loss_initial"] = initial_loss
@@ -452,14 +452,15 @@ def _due_checkpoints(
     return due
 
 
-def _settle_checkpoint(run: Run, state: ServerState, records: Records) -> None:
+def _settle_checkpoint(run: Run, states: Sequence[ServerState], records: Records) -> None:
     """Before anything is recorded: the checkpoint under way is on the disk, and no version of a client's state is kept
-    that no checkpoint needs.
+    that neither a checkpoint needs nor one of `states`, which may yet be saved.
     """
     records.folder.check_held()
     records.writer.wait()
-    if state.client_versions:  # else no checkpoint need be read again
-        run.store.drop_superseded(kept_client_versions(records.checkpoints))
+    if any(state.client_versions for state in states):  # else no checkpoint need be read again
+        kept = kept_client_versions(records.checkpoints)
+        run.store.drop_superseded([*kept, *(state.client_versions for state in states)])
 
 
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
@@ -554,7 +555,7 @@ def _finish(
 ) -> None:
     """Export what was trained and close the records."""
     path = records.folder.path
-    _settle_checkpoint(run, state, records)
+    _settle_checkpoint(run, [state], records)
     prune_checkpoints(records.checkpoints, config.checkpoint.keep_last)  # a kill may have come before this
     exported = _exported(config, state, records)
     if run.strategy.traits.has_global_model:

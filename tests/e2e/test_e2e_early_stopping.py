@@ -9,7 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from fedsim.server.checkpoint import list_checkpoints, load_checkpoint
+from fedsim.lora.state import ServerState
+from fedsim.server.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint
+from fedsim.server.client_store import ClientStore
+from fedsim.server.early_stopping import StoppingRule
 from tests.e2e.test_e2e_run import adapter_bytes, read_metrics, run_record, without_clock
 
 NOT_LEARNING = ["run.rounds=50", "training.optimizer.lr=0", "early_stopping.metric=test_loss"]
@@ -220,3 +223,47 @@ def test_runs_that_could_not_stop_are_refused(
 ) -> None:
     assert program.run(*extra) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_best_state_is_saved_with_what_its_clients_keep(
+    program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a state was the best is found out one round later, when its clients have newer versions."""
+    save = CheckpointWriter.save
+    saved: list[int] = []
+
+    def checked(self: CheckpointWriter, state: ServerState, keep_last: int) -> None:
+        ClientStore(program.run_folder / "clients").check(state.client_versions)
+        saved.append(state.round_index)
+        save(self, state, keep_last)
+
+    monkeypatch.setattr(CheckpointWriter, "save", checked)
+    monkeypatch.setattr(StoppingRule, "_gain", lambda self, score, best: 1.0)  # each state is the best so far
+    chosen = ["strategy.name=scaffold", "training.optimizer.name=sgd", "training.max_grad_norm=null"]
+    chosen += [
+        "aggregation.client_weights=uniform",
+        "training.optimizer.lr=0.05",
+        "training.schedule.name=constant",
+    ]
+    chosen += ["early_stopping.metric=validation_loss", "checkpoint.every_rounds=50", "run.rounds=6"]
+    assert program.run(*chosen) == 0
+    improved = [row["early_stopping/best_after_rounds"] for row in read_metrics(program.run_folder)]
+    assert improved == [0, 1, 2, 3, 4, 5]
+    assert saved == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_is_extended_stops_where_one_of_that_length_does(program: Any) -> None:
+    """The last round is evaluated whatever its number, and that decides nothing."""
+    chosen = changed(
+        TOO_FAST, "early_stopping.metric=test_loss", "evaluation.every_rounds=3", "run.rounds=20"
+    )
+    assert program.run(*chosen, "run.name=whole") == 0
+    for rounds in (4, 20):
+        assert program.run(*changed(chosen, f"run.rounds={rounds}"), "run.name=extended") == 0
+    whole, extended = (program.run_folder.parent / name for name in ("whole", "extended"))
+    ends = [run_record(folder)["early_stopping"] for folder in (whole, extended)]
+    assert ends[0] == ends[1]
+    assert ends[0]["stopped_early"]
+    assert adapter_bytes(whole) == adapter_bytes(extended)
+    assert "test/loss" in read_metrics(extended)[3], "round 4 was the last one"
+    assert "test/loss" not in read_metrics(whole)[3]
