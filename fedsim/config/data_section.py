@@ -104,7 +104,8 @@ class InstructionConfig(Node):
     part_field: str | None = key(
         None,
         "rows: column that says whether a client trains on a row (train, training) or keeps it for its own evaluation "
-        "(eval, validation, dev) or test (test); null: data.client_test_fraction decides",
+        "(eval, validation, dev) or test (test); nobody trains on these, and data.partition.name=natural tests with "
+        "them; null: data.client_test_fraction decides",
         min_length=1,
     )
     template: Literal["alpaca", "natural_instructions", "custom"] = key(

@@ -19,6 +19,7 @@ from fedsim.data.natural import OwnParts, deal_natural, deal_own_parts
 from fedsim.data.partition import Deal, Partition, check_enough, split_clients
 from fedsim.data.pathological import deal_pathological
 from fedsim.data.plato import deal_plato_label, deal_plato_quantity
+from fedsim.data.prompts import TRAIN
 from fedsim.data.quantity_skew import deal_quantity_skew
 from fedsim.data.tokens import TokenStore, build_token_store
 from fedsim.errors import DataError
@@ -117,20 +118,21 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
             needs. Partitioners that do not use length classes take fewer where lengths are tied.
     """
     rules = config.partition
+    own = _own_parts(rules, train)
+    places = None if own is not None else _to_train_on(train)
     if rules.name not in ("plato_label", "plato_quantity"):
         # before the classes, which such a corpus may not have either
-        check_enough(len(train), rules.num_clients, 1)
+        check_enough(len(train) if places is None else len(places), rules.num_clients, 1)
     by_label = rules.name == "label_skew" or rules.class_by == "label"
     by_length = rules.name in BY_CLASS and not by_label
-    edges, lengths = _length_classes(rules, _lengths(train, rules.length_unit), may_fail=by_length)
+    edges, lengths = _length_classes(rules, _lengths(train, rules.length_unit), places, may_fail=by_length)
     names, labels = _labels(config, train, is_used=by_label)
-    own = _own_parts(rules, train)
     if own is not None:
         deal, client_names = own.train, own.names
     elif labels is not None and by_label:
-        deal, client_names = _deal(rules, labels, len(names), train, seed)
+        deal, client_names = _deal_places(rules, labels, len(names), places, train, seed)
     else:
-        deal, client_names = _deal(rules, lengths, len(edges) + 1, train, seed)
+        deal, client_names = _deal_places(rules, lengths, len(edges) + 1, places, train, seed)
     if own is None:
         split = split_clients(deal, len(train), config.client_test_fraction, seed)
     else:
@@ -153,6 +155,24 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
         eval_indices=None if own is None else own.evaluation.indices,
         eval_offsets=None if own is None else own.evaluation.offsets,
     )
+
+
+def _to_train_on(train: TokenStore) -> Ints | None:
+    """The examples that the corpus does not keep for evaluation or test; None for all."""
+    answers = train.answers
+    return None if answers is None or not answers.parts.any() else np.flatnonzero(answers.parts == TRAIN)
+
+
+def _deal_places(
+    rules: PartitionConfig, classes: Ints, num_classes: int, places: Ints | None, train: TokenStore, seed: int
+) -> tuple[Deal, tuple[str, ...]]:
+    """As `_deal`, of the examples at `places` only; None for all."""
+    if places is None:
+        return _deal(rules, classes, num_classes, train, seed)
+    present, compact = np.unique(classes[places], return_inverse=True)
+    deal, names = _deal(rules, compact.astype(np.int64), len(present), train, seed)
+    left_out = f"{classes.size - places.size} that the corpus keeps for evaluation or test go to nobody"
+    return Deal(places[deal.indices], deal.offsets, {**deal.notes, "own_parts": left_out}), names
 
 
 def _deal(
@@ -202,8 +222,12 @@ def _natural(rules: PartitionConfig, train: TokenStore) -> tuple[Deal, tuple[str
 
 
 def _length_classes(
-    rules: PartitionConfig, lengths: Ints, *, may_fail: bool
+    rules: PartitionConfig, lengths: Ints, places: Ints | None, *, may_fail: bool
 ) -> tuple[tuple[float, ...], Ints]:
+    """Edges by the lengths at `places` (None for all), and the class of every example."""
+    if places is not None:
+        edges, _ = _length_classes(rules, lengths[places], None, may_fail=may_fail)
+        return edges, assign_classes(lengths, edges)
     if rules.length_edges is not None:
         return rules.length_edges, explicit_classes(lengths, rules.length_edges, may_be_empty=not may_fail)
     return length_classes(lengths, rules.num_length_classes, fewer_if_tied=not may_fail)

@@ -299,17 +299,33 @@ def test_held_out_names_are_those_asked_for(tmp_path: Path) -> None:
         read(source, {**ROWS, "hold_out": "task", "hold_out_names": tuple(f"task{i}" for i in range(8))})
 
 
-def test_other_partitions_pool_the_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["iid", "label_skew", "quantity_skew", "pathological", "plato_quantity"])
+def test_other_partitions_leave_out_what_the_corpus_keeps_for_evaluation_and_test(
+    name: str, tmp_path: Path
+) -> None:
     source = write_client_lines(tmp_path / "clients.jsonl.gz")
+    rules = {"num_length_classes": 1} if name == "quantity_skew" else {}
+    by_label = {"class_by": "label"} if name == "pathological" else {}
     chosen = DataConfig(
         source=str(source),
         instruction=InstructionConfig(format="client_lines"),
-        partition=PartitionConfig(name="label_skew", num_clients=4),
+        partition=PartitionConfig(name=name, num_clients=4, **rules, **by_label),
+        client_test_fraction=0.25,
     )
     data = build_data(chosen, word_tokenizer(), 0)
+    partition, answers = data.partition, data.train.answers
 
-    assert data.partition.eval_indices is None
-    assert data.partition.label_names == ("Kind A", "Kind B", "Kind C")
+    assert answers is not None
+    assert {0, 1, 2} == set(answers.parts.tolist())
+    dealt = np.concatenate((partition.train_indices, partition.test_indices))
+    assert (answers.parts[dealt] == 0).all()
+    if not name.startswith("plato"):
+        assert len(dealt) > 0.7 * (answers.parts == 0).sum()
+    assert len(partition.classes) == len(data.train), "also of the examples that nobody holds"
+    assert str((answers.parts != 0).sum()) in str(partition.notes["own_parts"])
+    assert partition.eval_indices is None
+    if name == "label_skew":
+        assert partition.label_names == ("Kind A", "Kind B", "Kind C")
 
 
 BAD_FILES = [
