@@ -439,6 +439,10 @@ def _scaffold(config: Config) -> Iterator[str]:
         yield f"training.optimizer.momentum must be 0 {because}, got {show(optimizer.momentum)}"
     if config.training.max_grad_norm is not None:
         yield f"training.max_grad_norm must be null {because}, got {show(config.training.max_grad_norm)}"
+    if config.training.proximal_mu != 0:
+        yield f"training.proximal_mu must be 0 {because}, got {show(config.training.proximal_mu)}"
+    if config.training.max_update_norm is not None and config.training.on_large_update == "clip":
+        yield f"training.on_large_update must be drop or fail {because}, got 'clip'"
     if optimizer.lr == 0:
         yield f"training.optimizer.lr must be > 0 {because}, got 0"
     if config.aggregation.client_weights != "uniform":

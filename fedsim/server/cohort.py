@@ -39,7 +39,7 @@ class LocalBudget:
     Attributes:
         local_epochs: passes over its examples.
         local_steps: optimizer steps.
-        examples_per_step: examples that an optimizer step sees.
+        examples_per_step: examples that an optimizer step sees; fewer at the end of a pass over them.
     """
 
     local_epochs: int | None
@@ -51,7 +51,8 @@ class LocalBudget:
         if self.local_epochs is not None:
             return num_examples * self.local_epochs
         assert self.local_steps is not None
-        return self.local_steps * self.examples_per_step
+        passes, steps = divmod(self.local_steps, -(-num_examples // self.examples_per_step))
+        return passes * num_examples + steps * self.examples_per_step
 
 
 def sample_cohort(
@@ -121,9 +122,11 @@ def pooled_job(
     """One job for the virtual client with all clients' examples, with the budget of the cohort.
 
     It draws as many examples as the cohort would process, without replacement until the pool is used up, from the
-    stream (seed, round).
+    stream (seed, round). No job where the cohort is empty.
     """
     pool = np.sort(data.partition.train_indices)
+    if not cohort:
+        return ()
     wanted = sum(budget.examples_seen(len(data.partition.train(client_id))) for client_id in cohort)
     generator = numpy_generator(settings.seed, "pool", round_index)
     passes = [generator.permutation(pool) for _ in range(-(-wanted // len(pool)))]

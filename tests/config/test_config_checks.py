@@ -9,6 +9,13 @@ CORPUS = ("data.source=corpus.jsonl",)
 DEVICE = "clients.devices=[{tokens_per_s: 9, uplink_mbps: 1, downlink_mbps: 2}]"
 MODEL = ("model.name_or_path=facebook/opt-125m",)
 
+SCAFFOLD = [
+    "strategy.name=scaffold",
+    "training.optimizer.name=sgd",
+    "training.max_grad_norm=null",
+    "aggregation.client_weights=uniform",
+]
+
 REFUSED = [
     (["cohort.size=50"], "cohort.size must be in [1, data.partition.num_clients=20], got 50"),
     (["data.partition.num_clients=4"], "cohort.size must be in [1, data.partition.num_clients=4], got 8"),
@@ -232,10 +239,17 @@ REFUSED = [
         ["lora.target_modules=[q_proj,v_proj,q_proj]"],
         "lora.target_modules must name each module once, got ['q_proj'] more than once",
     ),
+    ([*SCAFFOLD, "training.proximal_mu=0.1"], "training.proximal_mu must be 0 with strategy.name=scaffold"),
+    (
+        [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=clip"],
+        "training.on_large_update must be drop or fail with strategy.name=scaffold",
+    ),
 ]
 
 ACCEPTED = [
     [],
+    SCAFFOLD,
+    [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=drop"],
     ["cohort.size=20"],
     ["cohort.client_ids=[19,0]"],
     ["cohort.size=null", "cohort.fraction=0.01"],

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from fedsim.config.loader import load_config
+from fedsim.data.batches import local_batches
 from fedsim.errors import ConfigError
 from fedsim.server.build import build_cohort_policy, sample_examples
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
@@ -96,6 +97,22 @@ def test_jobs_hold_what_the_partition_says():
     assert jobs[1].cost_tokens == 2 * data.client_tokens(3)
 
 
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4), st.integers(1, 30))
+def test_the_budget_is_what_the_batches_hold(num_examples, batch_size, accumulation, local_steps):
+    steps = local_batches(
+        num_examples,
+        batch_size=batch_size,
+        local_epochs=None,
+        local_steps=local_steps,
+        accumulation=accumulation,
+        seed=0,
+        round_index=0,
+        client_id=0,
+    )
+    seen = sum(len(batch) for step in steps for batch in step)
+    assert LocalBudget(None, local_steps, batch_size * accumulation).examples_seen(num_examples) == seen
+
+
 def test_the_pool_has_the_cohorts_budget_and_repeats_nothing_before_it_must():
     data = make_data()
     [job] = pooled_job((0, 3), data, LocalBudget(1, None, 4), SETTINGS, round_index=0)
@@ -103,7 +120,12 @@ def test_the_pool_has_the_cohorts_budget_and_repeats_nothing_before_it_must():
     [longer] = pooled_job((0, 1, 2, 3, 4), data, LocalBudget(2, None, 4), SETTINGS, round_index=0)
     assert np.array_equal(np.bincount(longer.examples), np.full(30, 2))
     [steps] = pooled_job((0, 3), data, LocalBudget(None, 3, 4), SETTINGS, round_index=1)
-    assert len(steps.examples) == 24
+    assert len(steps.examples) == 3 * 2 + (8 + 4), (
+        "client 0 holds 2 examples, less than a step; client 3 holds 8"
+    )
+    assert pooled_job((), data, LocalBudget(1, None, 4), SETTINGS, round_index=1) == (), (
+        "Poisson sampling's empty round"
+    )
     [again] = pooled_job((0, 3), data, LocalBudget(1, None, 4), SETTINGS, round_index=1)
     assert set(again.examples.tolist()) != set(job.examples.tolist())
 
