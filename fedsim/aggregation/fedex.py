@@ -30,8 +30,9 @@ class FedExLora:
 
     The published code takes p_k = 1/K; here p_k is as `client_weights` says.
 
-    A client receives the adapter and the last round's residual of rank (K + 1) r; it is counted as if each client had
-    got the residuals before when they were made. There is none in round 0.
+    A client receives the adapter and the last residual of rank (K + 1) r; it is counted as if each client had got the
+    residuals before when they were made. There is none in round 0. After a round that nobody reported in, the same one
+    is counted again.
     """
 
     federation: Federation

@@ -34,8 +34,8 @@ class Flora:
     At the start of a round, client k draws its own A (a stream of seed, module, round and client) at its own rank, and
     B = 0. The server's adapter has a zero product at all times: what was learned is in the base.
 
-    A client receives the last round's stack; it is counted as if each client had got those before when they were made.
-    There is none in round 0.
+    A client receives the last stack; it is counted as if each client had got those before when they were made. There is
+    none in round 0. After a round that nobody reported in, the same one is counted again.
     """
 
     federation: Federation

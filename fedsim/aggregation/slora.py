@@ -120,7 +120,7 @@ class SLoRA:
         return self._dense(state) if self._is_sparse(state) else self.then.download(state, lora_ranks)
 
     def plan(self, state: ServerState, client: Client, received: AdapterState) -> ClientPlan:
-        """In stage 1: train the client's part of M."""
+        """In stage 1: train the client's part of M, and send that; the server has the other values at M."""
         if not self._is_sparse(state):
             return self.then.plan(state, client, received)
         part = self._part(client)
@@ -132,6 +132,10 @@ class SLoRA:
             trains=trains,
             mask=AdapterState(mask),
             downlink_bytes=sides_bytes(self._sparse(state), ONLY_A),
+            uplink_bytes=sum(
+                int(part[module].count_nonzero()) * factors.A.element_size()
+                for module, factors in received.items()
+            ),
         )
 
     def upload(
@@ -142,21 +146,14 @@ class SLoRA:
         trained: AdapterState,
         report: ClientReport,
     ) -> Upload:
-        """In stage 1 the values at M, (1, n) in place of A; B says nothing and does not travel.
-
-        Of the values at M a client need send only those of its part, since the server has the others.
-        """
+        """In stage 1 the values at M, (1, n) in place of A; B says nothing and does not travel."""
         if not self._is_sparse(state):
             return self.then.upload(state, client, plan, trained, report)
         values = {
             module: _as_values(getattr(factors, _dense_side(factors)).take(self._at(module, factors)))
             for module, factors in trained.items()
         }
-        if len(self.parts) == 1:
-            return Upload(AdapterState(values))
-        part = self._part(client)
-        sent = sum(int(part[m].count_nonzero()) * factors.A.element_size() for m, factors in values.items())
-        return Upload(AdapterState(values), uplink_bytes=sent)
+        return Upload(AdapterState(values))
 
     def aggregate(
         self, state: ServerState, reports: Sequence[ClientReport], factors: FactorStream

@@ -83,7 +83,7 @@ class SlownessConfig(Node):
 
 
 class CorruptionConfig(Node):
-    """Updates that arrive broken, to see what the server does with them."""
+    """Updates that arrive broken, to see what the server does with them; what stays with their clients is whole."""
 
     probability: float = key(0.0, "of an update", "probability", ge=0, le=1)
     kind: Literal["nan", "inf", "scaled"] = key(

@@ -48,8 +48,8 @@ class EarlyStoppingConfig(Node):
 
     metric: Literal["off", "test_loss", "validation_loss", "test_rouge_l", "validation_rouge_l"] = key(
         "off",
-        "what must go on improving, in rounds that are evaluated; test: the global model after the round, on the "
-        "global test set; validation: the global model before the round, on what its clients keep for their own "
+        "what must go on improving, in the rounds of evaluation.every_rounds; test: the global model after the round, "
+        "on the global test set; validation: the global model before the round, on what its clients keep for their own "
         "evaluation, weighted by their training examples (code of arXiv 2402.11505); rouge_l: as in evaluation.answers",
     )
     patience: int = key(

@@ -75,6 +75,7 @@ class ClientPlan:
         tail_penalty: see there.
         correction: added to the gradient of each step, same shapes as `start` (SCAFFOLD's c - c_k).
         downlink_bytes: what the client receives; None for the bytes of `start`.
+        uplink_bytes: what it sends; None for the bytes of the sides that the strategy sends.
     """
 
     start: AdapterState
@@ -83,6 +84,23 @@ class ClientPlan:
     tail_penalty: TailPenalty | None = None
     correction: AdapterState | None = None
     downlink_bytes: int | None = None
+    uplink_bytes: int | None = None
+
+    @property
+    def received_bytes(self) -> int:
+        """What the client receives."""
+        return self.start.num_bytes if self.downlink_bytes is None else self.downlink_bytes
+
+    def sent_bytes(self, sides: Sides, adapter: AdapterState | None = None) -> int:
+        """What the client sends.
+
+        Args:
+            sides: that the strategy sends.
+            adapter: what it hands back; None as long as it has not trained, for one of the ranks of `start`.
+        """
+        if self.uplink_bytes is not None:
+            return self.uplink_bytes
+        return sides_bytes(self.start if adapter is None else adapter, sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +110,10 @@ class Upload:
     Attributes:
         adapter: the factors for the server; of these only the sides that the strategy sends travel.
         client_state: replaces what the strategy keeps for the client; None leaves it as it is.
-        uplink_bytes: what the client sends; None for the bytes of the sides that the strategy sends.
     """
 
     adapter: AdapterState
     client_state: ClientState | None = None
-    uplink_bytes: int | None = None
 
 
 def absent(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

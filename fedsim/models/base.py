@@ -75,7 +75,9 @@ def build_base(
     device = torch.device(device)
     dtype = choose_dtype(config.dtype, device)
     if config.dtype == "auto" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        logger.info("this GPU has no arithmetic in bfloat16, and is slow at it; model.dtype=float16 suits it better")
+        logger.info(
+            "this GPU has no arithmetic in bfloat16, and is slow at it; model.dtype=float16 suits it better"
+        )
     check_available(config.quantization)
     tokenizer = build_tokenizer(config)
     if config.max_memory_gib is not None:

@@ -29,8 +29,9 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
         "train/tokens": tokens,
         "train/tokens_per_s": tokens / train_s,
         "train/clients_per_s": len(clients) / train_s,
-        "comm/uplink_bytes": sum(client.uplink_bytes for client in clients),
-        "comm/downlink_bytes": sum(client.downlink_bytes for client in clients),
+        "comm/uplink_bytes": sum(client.uplink_bytes for client in clients) + report.unused_uplink_bytes,
+        "comm/downlink_bytes": sum(client.downlink_bytes for client in clients)
+        + report.unused_downlink_bytes,
         "comm/client_payload_bytes": max((client.uplink_bytes for client in clients), default=0),
         "packs/num_packs": report.num_packs,
         "packs/slot_occupancy": _mean([client.pack_occupancy for client in clients]),

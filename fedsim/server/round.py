@@ -17,7 +17,7 @@ from fedsim.data.build import FederatedData
 from fedsim.evaluation.clients import ClientTest
 from fedsim.evaluation.losses import LossEvaluator, LossSums, merge_batches
 from fedsim.lora.factors import AdapterState
-from fedsim.lora.plan import Client, ClientPlan, sides_bytes
+from fedsim.lora.plan import Client, ClientPlan
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.models.base_update import UpdatableBase
@@ -155,7 +155,11 @@ class Run:
 
     def evaluates(self, round_index: int) -> bool:
         """Whether a round ends with an evaluation."""
-        return (round_index + 1) % self.evaluate_every == 0 or round_index + 1 == self.rounds
+        return self.evaluates_regularly(round_index) or round_index + 1 == self.rounds
+
+    def evaluates_regularly(self, round_index: int) -> bool:
+        """Whether it would, if it were not the last round: only that may decide anything, as a run may be extended."""
+        return (round_index + 1) % self.evaluate_every == 0
 
     def is_over(self, state: ServerState) -> bool:
         """Whether no round is left to be run."""
@@ -195,6 +199,8 @@ class RoundReport:
         turnout: clients that did not report back, and simulated times; None if all report back.
         num_clipped: clients whose update was scaled down.
         num_corrupted: clients whose update arrived broken.
+        unused_downlink_bytes: what clients received of whom the server took nothing.
+        unused_uplink_bytes: what these clients sent.
         simulated_s: simulated seconds of all rounds so far; None without a clock.
         peak_memory_bytes: most that any process has held from its start to the end of this round's training.
     """
@@ -211,6 +217,8 @@ class RoundReport:
     turnout: Turnout | None = None
     num_clipped: int = 0
     num_corrupted: int = 0
+    unused_downlink_bytes: int = 0
+    unused_uplink_bytes: int = 0
     simulated_s: float | None = None
     peak_memory_bytes: int = 0
 
@@ -266,9 +274,11 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
             answers = run.answers.measure(run.group, run.strategy.export(next_state), what)
     figures = _figures(run, round_index, aggregated) | answers | validated
     if run.stopping is not None:
-        known = figures if global_test is None else {**figures, "test/loss": global_test.mean}
-        next_state = replace(next_state, best=run.stopping.updated(state.best, known, round_index))
+        if run.evaluates_regularly(round_index):
+            known = figures if global_test is None else {**figures, "test/loss": global_test.mean}
+            next_state = replace(next_state, best=run.stopping.updated(state.best, known, round_index))
         figures |= stopping_figures(next_state.best)
+    unused = [figures_of_rank for *_, figures_of_rank in told] + ([] if turnout is None else [turnout])
     ended = time.perf_counter()
     return next_state, RoundReport(
         round_index=round_index,
@@ -290,6 +300,8 @@ def run_round(state: ServerState, run: Run) -> tuple[ServerState, RoundReport]:
         turnout=turnout,
         num_clipped=sum(figures.num_clipped for *_, figures in told),
         num_corrupted=sum(figures.num_corrupted for *_, figures in told),
+        unused_downlink_bytes=sum(each.unused_downlink_bytes for each in unused),
+        unused_uplink_bytes=sum(each.unused_uplink_bytes for each in unused),
         simulated_s=None if turnout is None or turnout.round_s is None else next_state.simulated_s,
         peak_memory_bytes=max(most for _, most, _ in told),
     )
@@ -331,29 +343,45 @@ def who_reports(
 ) -> tuple[tuple[ClientJob, ...], Turnout | None]:
     """The jobs of the clients that report back, and how the others were lost; the same on every rank.
 
-    On the simulated clock a client sends the sides that the strategy sends, at the LoRA ranks with which it starts.
+    A client receives and sends what its plan says, at the LoRA ranks with which it starts.
     """
     participation = run.participation
     if participation is None:
         return tuple(jobs), None
     round_index = state.round_index
-    traffic: dict[int, tuple[int, int]] = {}
-    if participation.has_clock:
-        by_tier: dict[int, tuple[int, int]] = {}
-        sides = run.strategy.sends(state)
-        for job in jobs:
-            lora_ranks = run.tiers.lora_ranks(job.client_id, round_index)
-            tier = id(lora_ranks)
-            if tier not in by_tier:
-                received = run.strategy.download(state, lora_ranks)
-                by_tier[tier] = (received.num_bytes, sides_bytes(received, sides))
-            traffic[job.client_id] = by_tier[tier]
+    traffic = _traffic(run, state, jobs)
     seconds = participation.client_seconds(jobs, traffic, run.seed, round_index)
     drawn = [job.client_id for job in jobs]
     wanted = run.cohort.size if participation.over_selection > 1 else len(jobs)
     turnout = participation.turnout(drawn, wanted, seconds, run.seed, round_index, run.cohort.num_clients)
     reporting = set(turnout.reporting)
+    silent = [client_id for client_id in drawn if client_id not in reporting]
+    turnout = replace(
+        turnout,
+        unused_downlink_bytes=sum(traffic[client_id][0] for client_id in silent),
+        unused_uplink_bytes=sum(
+            traffic[client_id][1] for client_id in silent if client_id not in turnout.lost
+        ),
+    )
     return tuple(job for job in jobs if job.client_id in reporting), turnout
+
+
+def _traffic(run: Run, state: ServerState, jobs: Sequence[ClientJob]) -> dict[int, tuple[int, int]]:
+    """Client -> bytes that it receives and sends; clients of a tier differ only where the strategy keeps something."""
+    sides = run.strategy.sends(state)
+    received: dict[int, AdapterState] = {}
+    by_tier: dict[int, tuple[int, int]] = {}
+    traffic = {}
+    for job in jobs:
+        lora_ranks = run.tiers.lora_ranks(job.client_id, state.round_index)
+        tier = id(lora_ranks)
+        if tier not in received:
+            received[tier] = run.strategy.download(state, lora_ranks)
+        if tier not in by_tier or run.strategy.traits.keeps_client_state:
+            plan = run.strategy.plan(state, run.client(job.client_id, state), received[tier])
+            by_tier[tier] = (plan.received_bytes, plan.sent_bytes(sides))
+        traffic[job.client_id] = by_tier[tier]
+    return traffic
 
 
 def _with_clock(reports: Sequence[ClientReport], turnout: Turnout | None) -> tuple[ClientReport, ...]:
@@ -380,6 +408,8 @@ class _Figures:
     wrote_state: tuple[int, ...]
     num_clipped: int
     num_corrupted: int
+    unused_downlink_bytes: int
+    unused_uplink_bytes: int
 
 
 @dataclass(slots=True)
@@ -391,10 +421,18 @@ class _Trained:
     wrote_state: list[int] = field(default_factory=list)
     num_clipped: int = 0
     num_corrupted: int = 0
+    unused_downlink_bytes: int = 0
+    unused_uplink_bytes: int = 0
     waiting_bytes: int = 0
 
     def figures(self) -> _Figures:
-        return _Figures(tuple(self.wrote_state), self.num_clipped, self.num_corrupted)
+        return _Figures(
+            tuple(self.wrote_state),
+            self.num_clipped,
+            self.num_corrupted,
+            self.unused_downlink_bytes,
+            self.unused_uplink_bytes,
+        )
 
 
 def _train_packs(state: ServerState, run: Run, packs: Sequence[Pack]) -> _Trained:
@@ -424,12 +462,17 @@ def _train_pack(
     trained = run.trainer.train(pack, [plans[job.client_id] for job in pack.jobs], state.round_index)
     if run.evaluates(state.round_index) and trained:
         trained = _with_test_losses(run, plans, trained)
+    sides = run.strategy.sends(state)
     uploads = []
     for update in trained:
         client_id = update.report.client_id
-        taken = _screened(run, plans[client_id].start, update, state.round_index, done)
-        if taken is not None:
-            uploads.append(_upload(state, run, clients[client_id], plans[client_id], taken, done))
+        upload = _upload(state, run, clients[client_id], plans[client_id], update, done)
+        if upload is None:
+            done.unused_uplink_bytes += plans[client_id].sent_bytes(sides)
+        else:
+            uploads.append(upload)
+    used = {upload.report.client_id for upload in uploads}
+    done.unused_downlink_bytes += sum(plans[client_id].received_bytes for client_id in plans.keys() - used)
     done.reports += [upload.report for upload in uploads]
     for number, waits in run.aggregator.contribution(run.strategy, state, pack.index, uploads).items():
         fits = done.waiting_bytes + waits.num_bytes <= run.most_waiting_bytes
@@ -439,8 +482,8 @@ def _train_pack(
 
 def _screened(
     run: Run, start: AdapterState, update: ClientUpdate, round_index: int, done: _Trained
-) -> ClientUpdate | None:
-    """The update as the server takes it, which may be not at all; counts into `done`."""
+) -> AdapterState | None:
+    """The adapter as the server takes it, which may be not at all; counts into `done`."""
     adapter: AdapterState | None = update.adapter
     client_id = update.report.client_id
     if run.corruption is not None and run.corruption.hits(client_id, round_index):
@@ -449,20 +492,26 @@ def _screened(
     if run.screening is not None and adapter is not None:
         adapter, was_clipped = run.screening.screen(start, adapter, client_id, round_index)
         done.num_clipped += was_clipped
-    return None if adapter is None else ClientUpdate(update.report, adapter)
+    return adapter
 
 
 def _upload(
     state: ServerState, run: Run, client: Client, plan: ClientPlan, update: ClientUpdate, done: _Trained
-) -> ClientUpdate:
-    """What a client returns; what stays with it goes into the store."""
+) -> ClientUpdate | None:
+    """What the server takes of what a client returns, which may be nothing; what stays with it goes into the store.
+
+    What stays is as the client trained it: an update breaks on its way, and is scaled down by the server.
+    """
     upload = run.strategy.upload(state, client, plan, update.adapter, update.report)
-    uplink_bytes = upload.uplink_bytes
-    if uplink_bytes is None:
-        uplink_bytes = sides_bytes(upload.adapter, run.strategy.sends(state))
     if upload.client_state is not None:
         run.store.save(client.client_id, state.round_index, upload.client_state)
         done.wrote_state.append(client.client_id)
+    taken = _screened(run, plan.start, update, state.round_index, done)
+    if taken is None:
+        return None
+    if taken is not update.adapter:
+        upload = run.strategy.upload(state, client, plan, taken, update.report)
+    uplink_bytes = plan.sent_bytes(run.strategy.sends(state), upload.adapter)
     return ClientUpdate(replace(update.report, uplink_bytes=uplink_bytes), upload.adapter)
 
 

@@ -204,6 +204,7 @@ class Participation:
             num_surplus=len(in_time) - len(accepted),
             seconds=dict(seconds),
             round_s=round_s,
+            lost=frozenset(lost),
         )
 
 
@@ -219,6 +220,9 @@ class Turnout:
         num_surplus: clients that reported when the server had enough.
         seconds: simulated, of each drawn client; empty without a clock.
         round_s: simulated seconds of the round; None without a clock.
+        lost: the clients that dropped out.
+        unused_downlink_bytes: what clients received that do not report back.
+        unused_uplink_bytes: what clients sent that were too late, or not needed.
     """
 
     reporting: tuple[int, ...]
@@ -228,3 +232,6 @@ class Turnout:
     num_surplus: int
     seconds: Mapping[int, float]
     round_s: float | None
+    lost: frozenset[int] = frozenset()
+    unused_downlink_bytes: int = 0
+    unused_uplink_bytes: int = 0

@@ -40,7 +40,7 @@ def client_report(
         trained_parameters=num_trained_parameters(plan),
         lr_sum=math.fsum(learning_rate(job.settings, step, num_steps) for step in range(num_steps)),
         uplink_bytes=adapter.num_bytes,
-        downlink_bytes=plan.start.num_bytes if plan.downlink_bytes is None else plan.downlink_bytes,
+        downlink_bytes=plan.received_bytes,
         pack=pack,
         process_rank=process_rank,
         seconds=seconds,

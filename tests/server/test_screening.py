@@ -127,3 +127,40 @@ def test_a_client_that_is_left_out_changes_nothing():
     assert 0 < report.num_corrupted == 4 - len(others)
     alone, _ = run_round(start_state(), replace(run, cohort=CohortPolicy(NUM_CLIENTS, len(others), others)))
     assert bits_of(state) == bits_of(alone)
+
+
+@pytest.mark.parametrize("strategy", ["fedsa", "local"])
+@pytest.mark.parametrize(("kind", "policy"), [("scaled", "clip"), ("scaled", "fail"), ("nan", "drop")])
+def test_what_stays_with_a_client_is_as_it_trained_it(strategy, kind, policy, tmp_path):
+    """Updates break on their way to the server."""
+    kept = {}
+    for name, around in (
+        ("healthy", {}),
+        (
+            "broken",
+            {
+                "corruption": Corruption(1.0, kind, 100.0, 1),
+                "screening": Screening("drop", 0.01 if policy == "clip" else None, policy),
+            },
+        ),
+    ):
+        run = replace(make_run(SoloGroup(), strategy, folder=tmp_path / name), **around)
+        state, report = run_round(start_state(), run)
+        versions = state.client_versions
+        assert len(versions) == 4
+        assert report.num_corrupted == (4 if name == "broken" else 0)
+        kept[name] = {client: run.store.load(client, versions) for client in versions}
+    for client, tensors in kept["healthy"].items():
+        for key, values in tensors.items():
+            assert torch.equal(kept["broken"][client][key], values), (client, key)
+
+
+def test_bytes_of_updates_that_are_left_out_are_counted():
+    run = make_run(SoloGroup())
+    broken = replace(run, corruption=Corruption(0.5, "nan", 1.0, 1), screening=Screening("drop"))
+    state = start_state()
+    _, report = run_round(state, broken)
+    metrics = round_metrics(report, None)
+    assert 0 < report.num_dropped < 4
+    for direction in ("up", "down"):
+        assert metrics[f"comm/{direction}link_bytes"] == 4 * state.adapter.num_bytes

@@ -14,6 +14,7 @@ from fedsim.server.round import round_jobs, run_round
 from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from tests.helpers import run_ranks
 from tests.server.test_round import NUM_CLIENTS, bits_of, make_run, start_state
+from tests.server.test_strategy_rounds import CASES
 
 DEVICE = Device(tokens_per_s=100.0, uplink_bytes_per_s=1e4, downlink_bytes_per_s=4e4)
 
@@ -177,3 +178,53 @@ def test_a_round_without_clients_goes_by():
     later, report = run_round(state, run)
     assert len(report.clients) == 4
     assert bits_of(later) != bits_of(state)
+
+
+@pytest.mark.parametrize(
+    "case", ["fedavg", "ffa", "fedsa", "local", "scaffold", "flora", "fedex", "hetlora", "slora"]
+)
+def test_the_clock_counts_the_bytes_that_the_record_does(case, tmp_path):
+    """In the second round, in which stacks, residuals and what clients keep are there."""
+    options = dict(CASES[case])
+    strategy, ranks = options.pop("strategy", case), options.pop("ranks", (2,))
+    plain = make_run(SoloGroup(), strategy, 4, 2, True, tmp_path, ranks, **options)
+    heard: list[dict[int, tuple[int, int]]] = []
+
+    class Listening(Participation):
+        def client_seconds(self, jobs, traffic, seed, round_index):
+            heard.append(dict(traffic))
+            return super().client_seconds(jobs, traffic, seed, round_index)
+
+    run = replace(plain, participation=Listening(**vars(clocked())))
+    state = start_state(ranks)
+    for _ in range(2):
+        state, report = run_round(state, run)
+        for client in report.clients:
+            received, sent = heard[-1][client.client_id]
+            assert received == client.downlink_bytes, case
+            if strategy != "hetlora":  # which may prune itself while it trains
+                assert sent == client.uplink_bytes, case
+
+
+def test_bytes_of_clients_that_nobody_hears_of_are_counted():
+    """Lost clients have received the model; late ones and those that were not needed have sent theirs as well."""
+    run = make_run(SoloGroup(), size=2)
+    slow = Device(tokens_per_s=1e-3, uplink_bytes_per_s=1e4, downlink_bytes_per_s=4e4)
+    unreliable = Participation(
+        dropout=0.3, over_selection=2.0, devices=(DEVICE, slow), deadline_s=100.0, tier_of=clocked().tier_of
+    )
+    seen = set()
+    for round_index in range(8):
+        state = replace(start_state(), round_index=round_index)
+        _, report = run_round(state, replace(run, rounds=9, participation=unreliable))
+        turnout, metrics = report.turnout, round_metrics(report, None)
+        one_way = state.adapter.num_bytes
+        assert turnout is not None
+        assert (
+            turnout.num_drawn
+            == len(report.clients) + turnout.num_lost + turnout.num_late + turnout.num_surplus
+        )
+        assert metrics["comm/downlink_bytes"] == turnout.num_drawn * one_way
+        assert metrics["comm/uplink_bytes"] == (turnout.num_drawn - turnout.num_lost) * one_way
+        seen |= {name for name in ("num_lost", "num_late", "num_surplus") if getattr(turnout, name)}
+    assert seen == {"num_lost", "num_late", "num_surplus"}
