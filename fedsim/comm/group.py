@@ -324,9 +324,7 @@ def sees_only_its_own_gpus(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether Slurm shows each task of a step other GPUs, as with --gpus-per-task; by number they all begin at 0."""
     if "SLURM_STEP_ID" not in environment or "GROUP_WORLD_SIZE" in environment:
         return False  # torchrun hands what its one task sees to all its processes
-    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[
-        2
-    ]  # 1, or with its type as in a100:1
+    _, _, per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")  # 1, or as in a100:1
     binding = environment.get("SLURM_GPU_BIND", "").removeprefix("verbose,")
     bound = binding.startswith(("single:", "per_task:", "map_gpu:", "mask_gpu:"))
     return bound or per_task.isdecimal() or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")

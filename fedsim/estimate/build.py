@@ -86,7 +86,9 @@ def build_estimate(
     dtype = choose_dtype(config.model.dtype, torch.device(device.kind))
     targets = {module: (f.A.shape[1], f.B.shape[0]) for module, f in summary.adapter.items()}
     in_half = dtype in (torch.bfloat16, torch.float16)
-    has_kernel = HAS_VARLEN and (device.gpu is None or device.gpu.has_bfloat16)  # both since the same generation
+    has_kernel = HAS_VARLEN and (
+        device.gpu is None or device.gpu.has_bfloat16
+    )  # both since the same generation
     varlen = device.kind == "cuda" and in_half and has_kernel
     costs, problem = _costs(config, dtype, targets, copies_attention=not varlen)
     costs = _split(
