@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedsim.atomic import replace_folder, write_text_atomic
+from fedsim.atomic import remove_folder, replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
@@ -307,7 +307,14 @@ class Records:
         return state
 
     def go_back_to(self, round_index: int) -> None:
-        """Drop the records of rounds that a resumed run will repeat."""
+        """Drop the records of rounds that a resumed run will repeat, and checkpoints after them that cannot be used.
+
+        One of these would count as the newest: what is written from now on would be deleted as older.
+        """
+        for path in list_checkpoints(self.checkpoints):
+            if rounds_completed(path) > round_index:
+                logger.warning("checkpoint %s is deleted: the run goes on from %d rounds", path, round_index)
+                remove_folder(path)
         self.metrics.truncate(round_index)
         self.spectra.truncate(round_index)
         self.clients.truncate(round_index)

@@ -361,6 +361,28 @@ def test_damaged_newest_checkpoint_costs_one_round(program: Any) -> None:
     assert without_clock(program.run_folder) == without_clock(whole)
 
 
+def test_a_damaged_checkpoint_does_not_outlive_those_written_after_going_back(
+    program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count as the newest, and each one written after it would be deleted as older."""
+    chosen = [*LEARNING, "checkpoint.keep_last=1"]
+    assert program.run(*LEARNING, "run.rounds=3", "checkpoint.keep_last=3") == 0
+    checkpoints = program.run_folder / "checkpoints"
+    for name in ("round_000002", "round_000003"):
+        (checkpoints / name / "state.safetensors").write_bytes(b"damaged")
+    save = checkpoint.CheckpointWriter.save
+    there: list[tuple[int, list[str]]] = []
+
+    def watched(self: Any, state: Any, keep_last: int) -> None:
+        save(self, state, keep_last)
+        self.wait()
+        there.append((state.round_index, [path.name for path in checkpoint.list_checkpoints(checkpoints)]))
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", watched)
+    assert program.run(*chosen, "run.rounds=4") == 0
+    assert there == [(rounds, [f"round_{rounds:06d}"]) for rounds in (2, 3, 4)]
+
+
 def test_any_number_of_processes(program: Any) -> None:
     """One, two and three processes write the same bits, with dropout on; three are more than there are packs."""
     command = [
