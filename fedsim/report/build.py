@@ -200,6 +200,12 @@ def _run_notes(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[st
                 notes.append(
                     f"{run.name}: the test loss was not finite after round {', '.join(map(str, lost[:5]))}."
                 )
+            if run.last("test/loss") is not None and run.at_end("test/loss") is None:
+                notes.append(
+                    f"{run.name}: the state that it exported was never tested on the global test set, so tables of "
+                    "scores leave it out; evaluation.every_rounds=1, or an early_stopping.metric of the test set, "
+                    "tests it."
+                )
         notes += _group_notes(group)
     return notes
 

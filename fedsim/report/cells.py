@@ -25,6 +25,11 @@ def plus_minus(spread: Spread, shown: str) -> str:
     return f"{text} ± {shown.replace(':+', ':').format(spread.std)}"
 
 
+def of_runs(group: Group, spread: Spread) -> str:
+    """` (2 of 3 runs)` where not all counted runs of a group have a figure, else nothing."""
+    return "" if spread.count == len(group.runs) else f" ({spread.count} of {len(group.runs)} runs)"
+
+
 def seeds_of(groups: Iterable[Group]) -> str:
     """Seeds of all counted runs, ascending."""
     return ", ".join(map(str, sorted({run.seed for group in groups for run in group.runs})))

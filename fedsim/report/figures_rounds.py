@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Series
+from fedsim.report.groups import Group, Series, Spread
 from fedsim.report.style import (
     COLOURS,
     HATCHES,
@@ -156,18 +156,18 @@ def class_loss_by_round(groups: Sequence[Group]) -> list[Picture]:
 
 def class_loss_at_end(groups: Sequence[Group]) -> list[Picture]:
     """Test loss of each length class after the last round that measured it, all groups together."""
-    found = [(group, _class_series(group)) for group in groups]
-    found = [(group, series) for group, series in found if series]
+    found = [(group, _class_losses_at_end(group)) for group in groups]
+    found = [(group, losses) for group, losses in found if losses]
     pictures = []
     for number, part in enumerate(chunks(found, MOST_LINES), start=1):
         figure, (axes,) = panels(1, height=3.8)
-        num_classes = max(max(series) for _, series in part) + 1
-        for index, (group, series) in enumerate(part):
+        num_classes = max(max(losses) for _, losses in part) + 1
+        for index, (group, losses) in enumerate(part):
             # side by side, so that bars of equal losses do not hide each other
-            x = np.array(list(series), dtype=np.float64) + (index - (len(part) - 1) / 2) * 0.6 / len(part)
-            mean = np.array([line.mean[-1] for line in series.values()])
+            x = np.array(list(losses), dtype=np.float64) + (index - (len(part) - 1) / 2) * 0.6 / len(part)
+            mean = np.array([spread.mean for spread in losses.values()])
             error = np.array(
-                [(line.mean[-1] - line.low[-1], line.high[-1] - line.mean[-1]) for line in series.values()]
+                [(spread.mean - spread.low, spread.high - spread.mean) for spread in losses.values()]
             )
             axes.errorbar(x, mean, yerror_of(error.T), label=plain(group.label), capsize=3, **look(index))
         texts = class_names(part[0][0].first)
@@ -214,6 +214,8 @@ def final_loss(groups: Sequence[Group]) -> list[Picture]:
                 for run in group.runs
                 if run.seed == seed and (loss := run.last("test/loss")) is not None
             ]
+            if not places:
+                continue
             y, x = np.array(places, dtype=np.float64).T
             axes.plot(x, y, label=f"seed {seed}", **{**look(index), "linewidth": 0.8})
         texts = [textwrap.fill(plain(group.label), 44) for group, _ in measured]
@@ -357,16 +359,25 @@ def _phase_seconds(group: Group) -> dict[str, float]:
 
 def _class_series(group: Group) -> dict[int, Series]:
     """Length class -> its loss by round."""
-    pattern = re.compile(r"test/loss_length_class_(\d+)")
-    found = {
-        int(match[1])
-        for run in group.runs
-        for record in run.metrics
-        for key in record
-        if (match := pattern.fullmatch(key))
-    }
-    series = {index: group.series(f"test/loss_length_class_{index}") for index in sorted(found)}
+    series = {index: group.series(key) for index, key in _class_keys(group).items()}
     return {index: line for index, line in series.items() if line is not None}
+
+
+def _class_losses_at_end(group: Group) -> dict[int, Spread]:
+    """Length class -> its loss in the last round of each run that measured it."""
+    spreads = {
+        index: group.spread(lambda run, key=key: next(reversed(run.values(key).values()), None))  # type: ignore[misc]
+        for index, key in _class_keys(group).items()
+    }
+    return {index: spread for index, spread in spreads.items() if spread is not None}
+
+
+def _class_keys(group: Group) -> dict[int, str]:
+    """Length class -> name of its loss, for the classes that some run measured."""
+    pattern = re.compile(r"test/loss_length_class_(\d+)")
+    names = {key for run in group.runs for record in run.metrics for key in record}
+    found = sorted((int(match[1]), match[0]) for name in names if (match := pattern.fullmatch(name)))
+    return dict(found)
 
 
 def _numbered(name: str, number: int) -> str:

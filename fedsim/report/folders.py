@@ -107,6 +107,8 @@ class RunRecord:
         rounds = stopping.get("exported_after_rounds") if isinstance(stopping, dict) else None
         if not isinstance(rounds, int):
             return self.last(key)
+        if rounds == 0:
+            return self.values(f"{key}_initial").get(0)
         found = [record[key] for record in self.metrics if record[ROUND] == rounds - 1 and key in record]
         return _number(found[0]) if found else None
 

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.report.folders import RunRecord
 
-IGNORED = ("run.seed", "run.seeds", "run.name", *(key for key in SAFE_KEYS if key != "run.rounds"))
-"""Keys that do not make another configuration: the seed, names, and what a resumed run may change."""
+LENGTH = ("run.rounds", "early_stopping.patience")
+"""What a resumed run may change, and is another experiment all the same: it decides how long a run goes on."""
+
+IGNORED = ("run.seed", "run.seeds", "run.name", *(key for key in SAFE_KEYS if key not in LENGTH))
+"""Keys that do not make another configuration: the seed, names, and what else a resumed run may change."""
 
 ALWAYS_SHOWN = 3
 """A label shows every key that differs where no more than this many do."""

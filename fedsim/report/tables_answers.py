@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedsim.report.cells import MISSING, ROUGE, Figure, at_end, hundredfold, plus_minus, seeds_of
+from fedsim.report.cells import MISSING, ROUGE, Figure, at_end, hundredfold, of_runs, plus_minus, seeds_of
 from fedsim.report.groups import Group
 from fedsim.report.tables import Table
 
@@ -61,4 +61,4 @@ def _answer_line(group: Group, suffix: str) -> tuple[str, ...]:
 
 def _score(group: Group, figure: Figure, shown: str) -> str:
     spread = group.spread(figure)
-    return MISSING if spread is None else plus_minus(spread, shown)
+    return MISSING if spread is None else plus_minus(spread, shown) + of_runs(group, spread)

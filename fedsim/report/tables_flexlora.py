@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedsim.report.arms import HOMOGENEOUS, Row, bench_of
-from fedsim.report.cells import MISSING, ROUGE, Figure, at_end, hundredfold, mean_at_end, plus_minus, seeds_of
+from fedsim.report.cells import (
+    MISSING,
+    ROUGE,
+    Figure,
+    at_end,
+    hundredfold,
+    mean_at_end,
+    of_runs,
+    plus_minus,
+    seeds_of,
+)
 from fedsim.report.folders import RunRecord
 from fedsim.report.groups import Group
 from fedsim.report.tables import Table, amount_of_bytes
@@ -70,7 +80,7 @@ def _cell(row: Row, column: str, figure: Figure, shown: str) -> str:
         return MISSING
     if math.isnan(spread.mean):
         return "not finite"
-    text = plus_minus(spread, shown) + ("" if group.is_finished else " unfinished")
+    text = plus_minus(spread, shown) + ("" if group.is_finished else " unfinished") + of_runs(group, spread)
     if group is row.homogeneous:
         return f"{text} ({row.borrowed})" if row.borrowed else text
     if row.homogeneous is None:
@@ -186,16 +196,24 @@ def _targets(arms: Sequence[Group], target_loss: float | None) -> dict[str, floa
     """For each bench its target; none where no arm has improved."""
     by_bench: dict[str, list[float]] = {}
     for group in arms:
-        losses = group.series("test/loss", "test/loss_initial")
-        if losses is None:
+        # run by run, since some may have stopped before others
+        first = group.spread(_loss_before)
+        least = group.spread(lambda run: min(run.values("test/loss").values(), default=None))
+        if first is None or least is None:
             continue
-        before, best = float(losses.mean[0]), float(losses.mean.min())
+        before, best = first.mean, min(first.mean, least.mean)
         found = by_bench.setdefault(bench_of(group), [])
         if target_loss is not None:
             found.append(target_loss)
         elif best < before:
             found.append(before - CONVERGENCE * (before - best))
     return {bench: max(found) for bench, found in by_bench.items() if found}
+
+
+def _loss_before(run: RunRecord) -> float | None:
+    """Global test loss before training, or the first one that is known."""
+    found = run.values("test/loss")
+    return run.values("test/loss_initial").get(0, next(iter(found.values()), None)) if found else None
 
 
 def _cost_line(row: Row, column: str, group: Group, target: float) -> tuple[str, ...]:

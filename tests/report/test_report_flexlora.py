@@ -337,3 +337,74 @@ def test_a_run_that_stopped_early_is_scored_by_the_state_that_it_exported(tmp_pa
     assert found["rouge_by_method"].rows[0][-1] == "40.00"
     assert found["answers"].rows[0][2] == "40.00"
     assert found["answers"].rows[0][-1] == f"{losses_of(path)[0][2]:.4f}"
+
+
+def stopped(path, exported_after_rounds):
+    info = json.loads((path / "run.json").read_text())
+    info["early_stopping"] = {"metric": "validation/loss", "exported_after_rounds": exported_after_rounds}
+    (path / "run.json").write_text(json.dumps(info))
+
+
+def test_seeds_whose_exported_state_was_not_tested_are_told(tmp_path):
+    """The untrained state was tested before training; one before a round without evaluation never was."""
+    arm = ("lora.distribution=uniform", "strategy.name=flexlora", "evaluation.every_rounds=2")
+
+    def every_other_round(round_index):
+        return {} if round_index % 2 else {"test/loss": None}
+
+    paths = [write_run(tmp_path, *arm, seed=seed, rounds=4, extra=every_other_round) for seed in (0, 1, 2)]
+    for path, exported in zip(paths, (0, 2, 3), strict=True):
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if k != "test/loss" or v is not None} for line in lines]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        stopped(path, exported)
+    report = make_report([tmp_path])
+    (table,) = (table for table in report.tables if table.name == "loss_by_method")
+    second = [json.loads(line) for line in (paths[1] / "metrics.jsonl").read_text().splitlines()][1][
+        "test/loss"
+    ]
+    assert table.rows[0][1:] == (
+        "0, 1, 2",
+        f"{np.mean([5.5, second]):.4f} ± {np.std([5.5, second], ddof=1):.4f} (2 of 3 runs)",
+    )
+    told = [note for note in report.notes if "never tested" in note]
+    assert len(told) == 1
+    assert told[0].startswith("run-2:")
+
+
+def test_means_at_the_end_are_over_all_seeds_though_some_stopped_before(tmp_path):
+    """Else the figure of the seed that went on longest would stand for all."""
+    arms = [("strategy.name=flexlora", "lora.distribution=uniform"), ("strategy.name=flexlora",)]
+    for number, arm in enumerate(arms):
+        for seed, rounds, better in ((0, 2, 0.0), (1, 6, 2.0)):
+            rule = ("early_stopping.metric=test_loss",)
+            name = f"arm-{number}-{seed}"
+            write_run(
+                tmp_path, *arm, *rule, name=name, seed=seed, rounds=6, recorded=rounds, better_by=better
+            )
+    report = make_report([tmp_path])
+    (picture,) = (picture for picture in report.pictures if picture.name == "class_loss_at_end")
+    drawn = np.array(
+        [line.get_ydata() for line in picture.figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+    )
+    paths = [tmp_path / f"arm-0-{seed}" for seed in (0, 1)]
+    ends = [json.loads((path / "metrics.jsonl").read_text().splitlines()[-1]) for path in paths]
+    expected = [np.mean([end[f"test/loss_length_class_{index}"] for end in ends]) for index in range(3)]
+    assert any(np.allclose(values, expected) for values in drawn), (drawn, expected)
+    targets = {row[2] for table in report.tables if table.name == "rounds_to_target" for row in table.rows}
+    least = np.mean([min(losses_of(path)[0][1:]) for path in paths])
+    assert targets == {f"{5.5 - 0.75 * (5.5 - least):.4f}"}
+
+
+def test_an_unfinished_run_that_was_never_tested_is_no_point(tmp_path):
+    for name, seed, recorded in (("a0", 0, 3), ("a1", 1, 1)):
+        path = write_run(
+            tmp_path, "lora.rank=4", name=name, seed=seed, rounds=5, recorded=recorded, status="failed"
+        )
+        if recorded == 1:
+            (line,) = (path / "metrics.jsonl").read_text().splitlines()
+            kept = {key: value for key, value in json.loads(line).items() if not key.startswith("test/")}
+            (path / "metrics.jsonl").write_text(json.dumps(kept) + "\n")
+    write_run(tmp_path, name="b", rounds=5)
+    report = make_report([tmp_path])
+    assert "final_test_loss" in [picture.name for picture in report.pictures]

@@ -37,6 +37,14 @@ def test_another_number_of_rounds_is_another_configuration(tmp_path):
     assert [group.label for group in groups_in(tmp_path)] == ["rounds=1", "rounds=2"]
 
 
+def test_more_patience_is_another_configuration(tmp_path):
+    """It decides how long a run goes on, and what it exports."""
+    for patience in (1, 10):
+        rule = ("early_stopping.metric=test_loss", f"early_stopping.patience={patience}")
+        write_run(tmp_path, *rule, name=f"p{patience}", rounds=2)
+    assert [group.label for group in groups_in(tmp_path)] == ["patience=1", "patience=10"]
+
+
 def test_labels_name_what_differs_in_order_of_size_with_iid_last(tmp_path):
     for alpha in ("100", "0.1", "1"):
         write_run(tmp_path, f"data.partition.dirichlet_alpha={alpha}", name=f"a{alpha}", rounds=1)
