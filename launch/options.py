@@ -135,6 +135,11 @@ def build_job(options: argparse.Namespace, environment: Mapping[str, str]) -> Jo
             "it must be longer than a round takes"
         )
     chain = options.chain or 1
+    if chain > 1 and "?" in (options.dependency or ""):
+        raise ConfigError(
+            "--dependency must hold no '?' (one of several) with --chain, whose jobs also wait for the one before, got "
+            f"{options.dependency!r}"
+        )
     container = _container(options, site)
     return Job(
         resources=resources,

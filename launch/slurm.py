@@ -55,7 +55,8 @@ def submit(script: Path, options: Sequence[str], arguments: Sequence[str] = ()) 
     Raises:
         SchedulerError: sbatch refuses.
     """
-    done = _run(submit_command(script, options, arguments), environment=outside_of_jobs(os.environ))
+    environment = environment_for(script.read_text(encoding="utf-8"), os.environ)
+    done = _run(submit_command(script, options, arguments), environment=environment)
     job_id = done.stdout.strip().partition(";")[0]
     if done.returncode != 0 or not re.fullmatch(r"[0-9]+", job_id):
         raise SchedulerError(f"sbatch refused the job: {_told(done) or f'code {done.returncode}'}")
@@ -73,7 +74,8 @@ def test_only(script: str, options: Sequence[str]) -> str:
     Raises:
         SchedulerError: it would be refused.
     """
-    done = _run(["sbatch", "--test-only", *options], stdin=script, environment=outside_of_jobs(os.environ))
+    environment = environment_for(script, os.environ)
+    done = _run(["sbatch", "--test-only", *options], stdin=script, environment=environment)
     if done.returncode != 0:
         raise SchedulerError(f"sbatch would refuse the job: {_told(done) or f'code {done.returncode}'}")
     return _told(done)
@@ -145,7 +147,10 @@ def _accounting(job_ids: Sequence[str]) -> dict[str, JobState]:
     if not job_ids or shutil.which("sacct") is None:
         return {}
     command = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode"]
-    done = _run([*command, f"--jobs={','.join(_whole_jobs(job_ids))}"])
+    try:
+        done = _run([*command, f"--jobs={','.join(_whole_jobs(job_ids))}"])
+    except SchedulerError:  # it is slow, or down; squeue and the run folders say enough
+        return {}
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 2]
     if done.returncode != 0:
         return {}
@@ -178,6 +183,29 @@ def outside_of_jobs(environment: Mapping[str, str]) -> dict[str, str]:
             "SLURM_CONF"
         }
     return {name: value for name, value in environment.items() if name not in foreign}
+
+
+OTHER_NAMES = {
+    "time": ("TIMELIMIT",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "requeue": ("NO_REQUEUE",),
+    "no-requeue": ("REQUEUE",),
+    "gpus-per-node": ("GPUS",),
+}
+"""Option of sbatch -> variables, behind SBATCH_, that mean or contradict it, besides the one of its own name."""
+
+
+def environment_for(script: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables for sbatch: those of `outside_of_jobs`, without what would override an option in the script.
+
+    sbatch lets `SBATCH_ACCOUNT` and the like go before the lines of a script. What the script does not say, they may.
+    """
+    given = re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    names = {
+        name for option in given for name in (option.upper().replace("-", "_"), *OTHER_NAMES.get(option, ()))
+    }
+    overriding = {f"SBATCH_{name}" for name in names}
+    return {name: value for name, value in outside_of_jobs(environment).items() if name not in overriding}
 
 
 def _run(

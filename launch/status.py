@@ -3,9 +3,11 @@
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedsim.errors import SchedulerError
 from launch import records, slurm
 from launch.runs import read_run
 from launch.slurm import JobState
@@ -19,14 +21,16 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         RunFolderError: a folder is neither a run nor a sweep.
-        SchedulerError: squeue fails.
     """
     options = _parser().parse_args(list(arguments))
     runs = list(dict.fromkeys(run for target in find_targets(options.folders) for run in target.runs))
     jobs = {run: records.submitted_jobs(run) for run in runs}
     known: Mapping[str, JobState] | None = None
     if shutil.which("squeue"):
-        known = slurm.job_states([job for run in runs for job in jobs[run]])
+        try:
+            known = slurm.job_states([job for run in runs for job in jobs[run]])
+        except SchedulerError as error:
+            print(f"jobs are not known: {error}", file=sys.stderr)
     rows = [HEADER, *(describe(run, jobs[run], known) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     for row in rows:

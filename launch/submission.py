@@ -28,12 +28,14 @@ class Part:
         """Options of sbatch that do not stand in the script.
 
         Args:
-            job: what is asked for; its dependency is used where nothing comes before.
-            after: ids of jobs that must have ended.
+            job: what is asked for, with its dependency.
+            after: ids of jobs that must have ended as well.
         """
-        terms = [f"afterany:{':'.join(after)}"] if after else [job.dependency] if job.dependency else []
+        terms = [job.dependency] if job.dependency else []
+        if after:
+            terms.append(f"afterany:{':'.join(after)}")
         array = [] if self.array is None else [f"--array={self.array}"]
-        return [*array, *(f"--dependency={term}" for term in terms)]
+        return [*array, *([f"--dependency={','.join(terms)}"] if terms else [])]
 
 
 def submit_parts(

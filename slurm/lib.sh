@@ -43,6 +43,8 @@
 #                              run folder, FEDSIM_CACHE and HF_HOME; A:B shows A as B
 #   FEDSIM_ARRAY_OFFSET        added to the array index to get the line of the manifest, from 0
 #
+#   FEDSIM_RETRY_S             seconds between attempts to reach Slurm's controller, of which there are 6; default: 5
+#
 # Written for bash 4.2 and newer; needs srun and scontrol, of which the container may be free.
 
 fedsim_say() {
@@ -118,11 +120,8 @@ _fedsim_leave() {
     exit "$1"
 }
 
-# Signals, settings and what fedsim reads from the environment.
+# Settings, and what fedsim reads from the environment.
 _fedsim_begin() {
-    fedsim_asked='' fedsim_term='' fedsim_woken='' fedsim_stop_file=''
-    trap '_fedsim_on_usr1' USR1
-    trap '_fedsim_on_term' TERM
     fedsim_job=$(fedsim_job_id)
     fedsim_restart=${SLURM_RESTART_COUNT:-0}
     fedsim_nodes=${SLURM_JOB_NUM_NODES:-1}
@@ -153,7 +152,11 @@ _fedsim_begin() {
             export SLURM_OVERCOMMIT=1
         fi
     fi
-    [[ -z $cpus ]] || export SRUN_CPUS_PER_TASK=$cpus
+    # on the command line, since newer releases of Slurm refuse variables that contradict each other
+    fedsim_cpus=()
+    [[ -z $cpus ]] || fedsim_cpus=("--cpus-per-task=$cpus")
+    # else torchrun's agents kill their processes 30 s after a SIGTERM; Slurm gives them the time that the site allows
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
     # torch 2.13's agents otherwise meet in a store that outlives their dead workers
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1
@@ -211,14 +214,19 @@ _fedsim_container() {
 # Ask fedsim which run this is, so that a mistake ends the job here, once, and a finished run starts nothing.
 # Sets fedsim_run_dir and fedsim_args.
 _fedsim_check() {
-    local words=() field seen='' state threads code ask=()
-    [[ ${#fedsim_srun[@]} -eq 0 ]] || ask=(srun --nodes=1 --ntasks=1 "${fedsim_srun[@]}")
+    local words field seen state threads code ask=() tries
+    [[ ${#fedsim_srun[@]} -eq 0 ]] || ask=(srun --nodes=1 --ntasks=1 ${fedsim_cpus[@]+"${fedsim_cpus[@]}"} "${fedsim_srun[@]}")
     ask+=(${fedsim_inside[@]+"${fedsim_inside[@]}"} "$fedsim_python" -m launch check --fields)
-    while IFS= read -r -d '' field; do
-        [[ -z $seen ]] || words+=("$field")
-        [[ $field != *fedsim-check ]] || seen=1 # an image may greet before
-        code=${field#*exit }
-    done < <("${ask[@]}" "$@" </dev/null; printf 'exit %d\0' "$?")
+    for tries in 1 2 3; do # a file system or a registry may be slow to come; a mistake (2) stays one
+        words=() seen='' code=1
+        while IFS= read -r -d '' field; do
+            [[ -z $seen ]] || words+=("$field")
+            [[ $field != *fedsim-check ]] || seen=1 # an image may greet before
+            code=${field#*exit }
+        done < <("${ask[@]}" "$@" </dev/null; printf 'exit %d\0' "$?")
+        [[ $code != 0 && $code != 2 && -z $fedsim_term ]] || break
+        ((tries == 3)) || _fedsim_pause
+    done
     if [[ $code != 0 || ${#words[@]} -lt 4 ]]; then
         [[ $code != 0 ]] || code=1
         [[ $code == 2 ]] ||
@@ -240,11 +248,11 @@ _fedsim_check() {
 
 # A value of run.json's top level. The earlier starts and the configuration in it stand deeper.
 _fedsim_field() {
-    sed -n 's/^ "'"$1"'": "\{0,1\}\([A-Za-z0-9_.]*\).*/\1/p' "$fedsim_run_dir/run.json" 2>/dev/null | head -n 1
+    sed -n '/^ "'"$1"'": /{s/^[^:]*: "\{0,1\}\([A-Za-z0-9_.]*\).*/\1/p;q}' "$fedsim_run_dir/run.json" 2>/dev/null || :
 }
 
 _fedsim_fingerprint() {
-    cksum "$fedsim_run_dir/run.json" 2>/dev/null
+    cksum "$fedsim_run_dir/run.json" 2>/dev/null || :
 }
 
 # The newest checkpoint's round, 0 without any.
@@ -257,18 +265,40 @@ _fedsim_round() {
     echo "$last"
 }
 
+_fedsim_pause() {
+    sleep "${FEDSIM_RETRY_S:-5}"
+}
+
+# What Slurm knows of this job; a controller that is being restarted answers a little later.
+_fedsim_show_job() {
+    local tries
+    for tries in {1..6}; do
+        scontrol show job "$fedsim_job" 2>/dev/null && return 0
+        _fedsim_pause
+    done
+    return 1
+}
+
 # Whether Slurm has preempted the job since it was last started.
 _fedsim_preempted() {
     local job preempted
-    job=$(scontrol show job "$fedsim_job" 2>/dev/null) || return 1
+    job=$(_fedsim_show_job) || return 1
     [[ $job =~ PreemptTime=([0-9][^[:space:]]*) ]] || return 1
     preempted=${BASH_REMATCH[1]}
     [[ ! $job =~ [[:space:]]StartTime=([0-9][^[:space:]]*) || ! $preempted < ${BASH_REMATCH[1]} ]]
 }
 
-# Whether the job is to go on, as Slurm sees it: scancel changes that before any process hears of it.
+# Whether the job is to go on, as Slurm sees it: scancel changes that before any process hears of it. Where Slurm does not
+# say, it is: what ends for good does not start again by itself, what starts again finds a finished run at worst.
 _fedsim_runs_on() {
-    [[ $(scontrol show job "$fedsim_job" 2>/dev/null) == *JobState=RUNNING* ]]
+    local job
+    job=$(_fedsim_show_job) || return 0
+    [[ $job == *JobState=RUNNING* ]]
+}
+
+# Whether somebody stopped this run by its stop file.
+_fedsim_stopped_by_file() {
+    grep -q '^ "reason": "the stop file [^"]*/stop,' "$fedsim_run_dir/run.json" 2>/dev/null
 }
 
 # A port that depends on the job, below those that the system hands out; the next ones where it is taken on this node.
@@ -283,9 +313,11 @@ _fedsim_port() {
 
 _fedsim_start() {
     local words=(srun "--nodes=$fedsim_nodes" --kill-on-bad-exit=1) agent=()
+    words+=(${fedsim_cpus[@]+"${fedsim_cpus[@]}"})
     words+=(${fedsim_srun[@]+"${fedsim_srun[@]}"})
     MASTER_PORT=$(_fedsim_port)
-    MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)
+    MASTER_ADDR=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null) || MASTER_ADDR=''
+    MASTER_ADDR=${MASTER_ADDR%%$'\n'*}
     MASTER_ADDR=${MASTER_ADDR:-${SLURMD_NODENAME:-$(hostname)}} # the batch script runs on the first node
     export MASTER_ADDR MASTER_PORT
     if [[ $fedsim_launcher == srun ]]; then
@@ -356,13 +388,14 @@ _fedsim_decide() {
     if _fedsim_preempted; then
         _fedsim_requeue 0 "Slurm preempted it"
     fi
-    if [[ $status == preempted && (-n $fedsim_asked || $(_fedsim_field reason) == run.max_minutes) ]]; then
+    if [[ $status == preempted && (-n $fedsim_asked || $(_fedsim_field reason) == run.max_minutes) ]] &&
+        ! _fedsim_stopped_by_file; then
         [[ $(_fedsim_round) == "$fedsim_first_round" ]] || _fedsim_requeue 0 "it was asked to stop"
         fedsim_say "no round was done before it had to stop: is the time limit long enough?"
         _fedsim_count_failure 75
     fi
     if [[ $status == preempted && $(_fedsim_field reason) == SIGTERM ]] && _fedsim_runs_on; then
-        fedsim_say "SIGTERM has reached processes, not this script: nobody has ended the job"
+        fedsim_say "SIGTERM has reached processes, not this script: nobody has ended the job, as far as Slurm says"
         _fedsim_count_failure 75
     fi
     if [[ $status == preempted ]]; then
@@ -402,10 +435,20 @@ _fedsim_requeue() {
         (($1)) || set -- 75 "$2"
         _fedsim_leave "$1" "$2; the same command goes on where the run stopped"
     fi
+    [[ -z $fedsim_term ]] || _fedsim_leave 143 "ended while it was about to be started again"
     fedsim_say "requeue $fedsim_job: $2"
     trap '' USR1
     trap - TERM # Slurm ends this script when it takes the job back
-    scontrol requeue "$fedsim_job" && sleep 300
+    local tries
+    for tries in {1..6}; do
+        scontrol requeue "$fedsim_job" && sleep 300
+        _fedsim_pause
+    done
     (($1)) || set -- 75
     _fedsim_leave "$1" "the requeue was refused; the same command goes on where the run stopped"
 }
+
+# From here on, so that a signal during `fedsim_env`, which may take minutes, is not the end of the job.
+fedsim_asked='' fedsim_term='' fedsim_woken='' fedsim_stop_file=''
+trap '_fedsim_on_usr1' USR1
+trap '_fedsim_on_term' TERM

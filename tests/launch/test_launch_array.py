@@ -133,7 +133,12 @@ def test_with_a_limit_on_elements_several_arrays_go_one_by_one(
     script = cluster.runs / "s.sweep" / "slurm" / "0001" / "job.sbatch"
     assert cluster.calls("sbatch") == [
         f"[--parsable][--array=0-1%1][--dependency={after}][{script}][{offset}]"
-        for after, offset in (("afterok:9", 0), ("afterany:101", 0), ("afterany:102", 2), ("afterany:103", 2))
+        for after, offset in (
+            ("afterok:9", 0),
+            ("afterok:9,afterany:101", 0),
+            ("afterok:9,afterany:102", 2),
+            ("afterok:9,afterany:103", 2),
+        )
     ]
     assert records.submitted_jobs(cluster.runs / NAMES[3]) == ["103_1", "104_1"]
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 from fedsim.config.loader import load_config, to_yaml
 from fedsim.errors import RunFolderError
 from fedsim.tracking.run_folder import check_new_folder
-from launch import records
+from launch import records, slurm
 from launch.__main__ import main
 from launch.logs import find_logs, follow, tail
 from launch.submit import advice
@@ -100,12 +100,28 @@ def test_a_chain_is_so_many_jobs_each_after_the_one_before(cluster: Cluster) -> 
     script = cluster.runs / "mine" / "slurm" / "0001" / "job.sbatch"
     assert cluster.calls("sbatch") == [
         f"[--parsable][--dependency={after}][{script}]"
-        for after in ("singleton", "afterany:101", "afterany:102")
+        for after in ("singleton", "singleton,afterany:101", "singleton,afterany:102")
     ]
     assert records.submitted_jobs(cluster.runs / "mine") == ["101", "102", "103"]
     text = script.read_text()
     assert "#SBATCH --no-requeue\n" in text
     assert "export FEDSIM_REQUEUE=no\nexport FEDSIM_CHAIN=0001-" in text
+
+
+def test_what_was_asked_for_goes_before_variables_of_sbatch() -> None:
+    """sbatch itself would let the variables win, so that another account paid."""
+    script = (
+        "#!/bin/bash\n#SBATCH --account=right\n#SBATCH --time=04:00:00\n#SBATCH --requeue\n#SBATCH --mem=8G\n"
+    )
+    around = {
+        "SBATCH_ACCOUNT": "other",
+        "SBATCH_TIMELIMIT": "10",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_MEM_PER_CPU": "1G",
+    }
+    kept = {"SBATCH_PARTITION": "usual", "PATH": "/bin"}
+
+    assert slurm.environment_for(script, around | kept) == kept
 
 
 def test_where_slurm_refuses_a_job_nothing_is_left(
@@ -398,8 +414,11 @@ class TestStatus:
             "#!/usr/bin/env bash\necho 'Unable to contact slurm controller' >&2; exit 1"
         )
 
-        assert main(["status", str(cluster.runs / "mine")]) == 2
-        assert "squeue failed: Unable to contact slurm controller" in capsys.readouterr().err
+        capsys.readouterr()
+        assert main(["status", str(cluster.runs / "mine")]) == 0
+        told = capsys.readouterr()
+        assert "squeue failed: Unable to contact slurm controller" in told.err
+        assert "submitted" in told.out, "what the run folder itself says"
 
 
 def test_cancel_ends_the_jobs_that_live_and_says_which(

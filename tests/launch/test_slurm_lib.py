@@ -39,7 +39,7 @@ SCONTROL = """\
 printf '%s\\n' "$*" >>"$FAKES/scontrol.txt"
 case "$1 $2" in
     "show hostnames") echo n1; echo n2 ;;
-    "show job") cat "$FAKES/job.txt" 2>/dev/null ;;
+    "show job") [[ -z $UNREACHABLE ]] || exit 1; cat "$FAKES/job.txt" 2>/dev/null; true ;;
     requeue*) [[ -z $REFUSED ]] || { echo "presently disabled" >&2; exit 1; }; kill -TERM "$PPID" ;;
 esac
 """
@@ -84,6 +84,8 @@ class Job:
             "FAKES": str(self.fakes),
             "RUN": str(self.run),
             "REFUSED": "",
+            "UNREACHABLE": "",
+            "FEDSIM_RETRY_S": "0",
             "MISTAKE": "",
             "SLURM_JOB_ID": "4711",
             "SLURM_JOB_NUM_NODES": "1",
@@ -278,7 +280,7 @@ def test_an_element_needs_an_array(job: Job) -> None:
 def test_where_a_requeue_is_refused_the_code_says_that_work_is_left(job: Job) -> None:
     assert job.start(USR1, REFUSED="1").code == 75
     ended = job.start("say failed; exit 3", REFUSED="1")
-    assert (ended.code, len(ended.requeues)) == (3, 1)
+    assert (ended.code, len(ended.requeues)) == (3, 6)
     assert "the requeue was refused" in ended.text
 
 
@@ -361,7 +363,7 @@ class TestStep:
         )
 
         assert ended.steps == [
-            "--nodes=2 --kill-on-bad-exit=1 --ntasks=8 --ntasks-per-node=4 python -m fedsim.main"
+            "--nodes=2 --kill-on-bad-exit=1 --cpus-per-task=1 --ntasks=8 --ntasks-per-node=4 python -m fedsim.main"
         ]
         seen = job.step_variables()
         assert (seen["MASTER_ADDR"], seen["MASTER_PORT"]) == ("n1", "24711")
@@ -394,7 +396,6 @@ class TestStep:
         seen = job.step_variables()
         assert seen["FEDSIM_STOP_FILE"] == str(job.run / "slurm" / "stop-4711-2")
         expected = {
-            "SRUN_CPUS_PER_TASK": "6",
             "OMP_NUM_THREADS": "3",
             "NCCL_DEBUG": "WARN",
             "PYTHONFAULTHANDLER": "1",
@@ -407,9 +408,9 @@ class TestStep:
 
     def test_cores_that_were_meant_for_a_torchrun_are_shared_out_to_tasks(self, job: Job) -> None:
         job.start("say finished", FEDSIM_LAUNCHER="srun", SLURM_CPUS_PER_TASK="16", SLURM_CPUS_ON_NODE="16")
-        assert job.step_variables()["SRUN_CPUS_PER_TASK"] == "8"
+        assert " --cpus-per-task=8 " in job.lines("srun.txt")[0]
         job.start("say finished", FEDSIM_LAUNCHER="srun", SLURM_CPUS_PER_TASK="4", SLURM_NTASKS_PER_NODE="2")
-        assert job.step_variables()["SRUN_CPUS_PER_TASK"] == "4"
+        assert " --cpus-per-task=4 " in job.lines("srun.txt")[0]
 
     def test_too_few_cores_are_told(self, job: Job) -> None:
         assert "a node has 4 cores for 2 processes of 3 threads" in job.start("", SLURM_CPUS_ON_NODE="4").text
@@ -542,3 +543,55 @@ def test_the_real_check_answers_what_the_library_reads(job: Job, tmp_path: Path)
 
     assert (wrong.code, wrong.steps) == (2, [])
     assert "unknown key lora.rnk; did you mean 'lora.rank'?" in wrong.text
+
+
+class TestWhatHappensOnRealClusters:
+    """Found by reading beside Slurm's manual: each of these once lost work, or did what nobody asked for."""
+
+    def test_a_signal_while_the_environment_is_set_up_is_no_end(self, job: Job, tmp_path: Path) -> None:
+        slow = tmp_path / "setup.sh"
+        slow.write_text("kill -USR1 $$\n")
+        ended = job.start("exit 1", 'fedsim_env; fedsim_job "$@"', FEDSIM_SETUP=str(slow))
+
+        assert ended.code != -signal.SIGUSR1
+        assert "SIGUSR1: the run is asked to stop" in ended.text
+
+    def test_a_controller_that_does_not_answer_is_asked_again(self, job: Job) -> None:
+        ended = job.start("round 1; say failed; exit 1", REFUSED="yes")
+
+        assert ended.requeues == ["4711"] * 6
+        assert "the requeue was refused" in ended.text
+
+    def test_a_run_that_got_sigterm_goes_on_where_slurm_says_nothing(self, job: Job) -> None:
+        """Taken for a wish of the user, it would end with 0, work left undone."""
+        ended = job.start("round 1; say preempted 'SIGTERM, after round 1 of 9'; exit 1", UNREACHABLE="yes")
+
+        assert ended.requeues == ["4711"]
+        assert "stopped on request" not in ended.text
+
+    def test_a_stop_file_counts_though_the_time_limit_is_near(self, job: Job) -> None:
+        reason = "the stop file $RUN/stop, after round 1 of 9"
+        ended = job.start(
+            f'kill -USR1 "$batch"; until_asked; round 1; say preempted "{reason}"; exit 1', FEDSIM_CHAIN="c"
+        )
+
+        assert (ended.code, ended.requeues) == (0, [])
+        assert "stopped on request" in ended.text
+        assert "over-c" in job.notes()
+
+    def test_a_strict_batch_script_starts(self, job: Job) -> None:
+        ended = job.start("say finished", 'set -euo pipefail; fedsim_job "$@"')
+
+        assert (ended.code, len(ended.steps)) == (0, 1), ended.text
+
+    def test_a_check_that_fails_for_a_while_is_made_again(self, job: Job) -> None:
+        job.start("say finished", MISTAKE="1")
+        assert len(job.lines("python.txt")) == 3
+        job.start("say finished", MISTAKE="2")
+        assert len(job.lines("python.txt")) == 1, "a mistake stays one"
+
+    def test_agents_leave_their_processes_the_time_that_slurm_allows(self, job: Job) -> None:
+        job.start("say finished")
+        assert job.step_variables()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "3600"
+        job.start("say finished", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="60")
+        assert job.step_variables()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "60"
