@@ -60,16 +60,21 @@ def keyed_base_dropout(tokens: Tensor) -> Iterator[None]:
 
     Hugging Face's models call `torch.nn.functional.dropout`, which takes no generator; it is replaced for the block.
     The n-th call of a forward pass stands for the n-th dropout of the architecture. Dropout inside attention kernels
-    is not reached by this.
+    is not reached by this, and that of attention weights goes on to draw from torch's global generators.
 
     Args:
         tokens: (T,) int32 keys of all tokens of the batch, padding included, in the order of the hidden states.
     """
     calls = iter(range(10**9))
+    original = torch.nn.functional.dropout
 
-    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002, ARG001
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         if not training or p == 0:
             return input
+        if (
+            input.numel() != tokens.numel() * input.shape[-1]
+        ):  # of attention weights, which are no rows of tokens
+            return original(input, p, training, inplace)
         features = _features_on(-1 - next(calls), input.shape[-1], input.device)
         return input * keep_mask(tokens, features, p, input.dtype).view(input.shape)
 

@@ -10,17 +10,29 @@ from fedsim.models.packing import LAYOUT_ARGUMENT, layout_of
 from fedsim.models.stacked import StackedModel
 
 LENGTHS = (7, 3, 12, 5)
-"""Tokens of the texts that are tried."""
+"""Tokens of the texts that are tried, besides a long one."""
+
+LONGEST = 512
+"""Most tokens of the long one; it shows attention that reaches so far only, whatever its name."""
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of a logit, as a share of the largest logit."""
 
 
-def alone_logits(model: nn.Module, device: torch.device) -> list[Tensor]:
-    """Logits of a few short texts of arbitrary tokens, each run by itself through the model as it is."""
+def alone_logits(model: nn.Module, device: torch.device, max_tokens: int) -> list[Tensor]:
+    """Logits of a few texts of arbitrary tokens, each run by itself through the model as it is.
+
+    Args:
+        model: before it is set up for packed rows.
+        device: of the model.
+        max_tokens: longest sequence of the run.
+    """
     untyped: Any = model
     with torch.no_grad():
-        return [untyped(input_ids=ids[None].to(device), use_cache=False).logits[0] for ids in _texts(untyped)]
+        return [
+            untyped(input_ids=ids[None].to(device), use_cache=False).logits[0]
+            for ids in _texts(untyped, max_tokens)
+        ]
 
 
 def packing_problem(stacked: StackedModel, alone: list[Tensor], max_tokens: int) -> str | None:
@@ -34,20 +46,17 @@ def packing_problem(stacked: StackedModel, alone: list[Tensor], max_tokens: int)
         alone: from `alone_logits`, before it was set up.
         max_tokens: longest sequence of the run.
     """
-    window = getattr(stacked.model.config, "sliding_window", None)
-    if (
-        window is not None
-        and window < max_tokens
-        and getattr(stacked.model.config, "use_sliding_window", True)
-    ):
+    config = stacked.model.config.get_text_config()  # of models that also take images it is a part
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < max_tokens and getattr(config, "use_sliding_window", True):
         return f"its attention slides over {window} tokens, fewer than data.max_tokens={max_tokens}"
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         # small logits would not show it
-        if getattr(stacked.model.config, name, None):
+        if getattr(config, name, None):
             return f"packed rows do not have its {name}"
-    texts = _texts(stacked.model)
-    lengths = np.asarray(LENGTHS, dtype=np.int64)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    texts = _texts(stacked.model, max_tokens)
+    lengths = np.asarray([len(text) for text in texts], dtype=np.int64)
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
     try:
         with torch.no_grad():
             body = stacked.body(
@@ -74,7 +83,7 @@ def undivided_randomness(model: nn.Module) -> str | None:
     """Why the base's own dropout cannot be given to each client by itself; None if it can."""
     untyped: Any = model
     for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "layerdrop"):
-        value = getattr(untyped.config, name, 0.0)
+        value = getattr(untyped.config.get_text_config(), name, 0.0)
         if value:
             return (
                 f"model.dropout=as_config includes {name}={value}, whose draws cannot be told apart by client"
@@ -82,7 +91,8 @@ def undivided_randomness(model: nn.Module) -> str | None:
     return None
 
 
-def _texts(model: Any) -> list[Tensor]:
+def _texts(model: Any, max_tokens: int) -> list[Tensor]:
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (length,), generator=generator) for length in LENGTHS]
+    lengths = (*LENGTHS, min(max_tokens, LONGEST))
+    return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]

@@ -89,7 +89,7 @@ def _sharded(
     )
     run_in_lockstep(stacked, sharding, store)
     with stacked.unwrapped() as plain:
-        alone = stacked.passes.run("test", lambda: alone_logits(plain, group.device))
+        alone = stacked.passes.run("test", lambda: alone_logits(plain, group.device, config.data.max_tokens))
     problem = stacked.passes.run("test", lambda: packing_problem(stacked, alone, config.data.max_tokens))
     if problem is not None:
         raise ModelError(f"model.sharding must be none for {base.name}, got 'zero3': {problem}")
@@ -105,7 +105,7 @@ def _try_packed(
         problem = undivided_randomness(base.model)
         if problem is not None:
             return None, problem
-    alone = alone_logits(base.model, group.device)
+    alone = alone_logits(base.model, group.device, config.data.max_tokens)
     try:
         stacked = StackedModel(
             base.model, targets, group.device, checkpoint_gradients=config.training.gradient_checkpointing

@@ -94,3 +94,18 @@ def test_deepspeed_is_told_the_device_of_this_process(device, expected, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     zero = sharding.deepspeed_settings(offload=True)["zero_optimization"]
     assert zero["offload_param"]["pin_memory"] is (device.type == "cuda")
+
+
+def test_dropout_of_attention_weights_is_no_dropout_of_tokens():
+    """Eager attention drops weights of (batch, heads, length, length), which have no row for a token."""
+    tokens = torch.from_numpy(dropout.token_keys(0, "base", (0, 0, 0, 0), 50))
+    weights, states = torch.ones(2, 3, 25, 25), torch.ones(2, 25, 16)
+    with dropout.keyed_base_dropout(tokens):
+        torch.manual_seed(0)
+        dropped = torch.nn.functional.dropout(weights, 0.5, training=True)
+        keyed = torch.nn.functional.dropout(states, 0.5, training=True)
+    assert 0.4 < (dropped == 0).float().mean() < 0.6
+    with dropout.keyed_base_dropout(tokens):
+        assert torch.equal(torch.nn.functional.dropout(states, 0.5, training=True), keyed), (
+            "it counts no call"
+        )

@@ -199,7 +199,7 @@ def test_engines_tests_and_answers(kind, folder, store):
     parts = [np.arange(6, dtype=np.int64), np.arange(6, 9, dtype=np.int64)]
     prompts = [store.sequence(example).astype(np.int64) for example in range(3)]
     model = quantized(folder, kind)
-    alone = alone_logits(model, CPU)
+    alone = alone_logits(model, CPU, 32)
     stacked = StackedModel(model, targets, CPU, checkpoint_gradients=True)
     assert packing_problem(stacked, alone, 32) is None
     plain = AdaptedModel(dequantized(folder, kind), targets, CPU)

@@ -28,7 +28,7 @@ from fedsim.models.adapted import AdaptedModel
 from fedsim.models.base import BaseModel
 from fedsim.models.dropout import feature_keys, keep_mask, token_keys
 from fedsim.models.head import LinearHead, frozen_cross_entropy
-from fedsim.models.pack_check import alone_logits, packing_problem
+from fedsim.models.pack_check import alone_logits, packing_problem, undivided_randomness
 from fedsim.models.packing import BUCKET_STEP, layout_of, pack_tokens, packed_attention
 from fedsim.models.rows import RankRows
 from fedsim.models.stacked import StackedModel, StepPlan, plan_products
@@ -522,7 +522,7 @@ def test_packed_tokens(parts):
 def test_the_check_passes(family, dtype):
     build, target_modules = FAMILIES[family]
     model = build(dtype)
-    alone = alone_logits(model, CPU)
+    alone = alone_logits(model, CPU, 32)
     assert packing_problem(StackedModel(model, find_targets(model, target_modules), CPU), alone, 32) is None
 
 
@@ -542,7 +542,7 @@ def plain_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_the_check_catches_texts_that_see_each_other(plain_attention):
     model = tiny_opt()
-    alone = alone_logits(model, CPU)
+    alone = alone_logits(model, CPU, 32)
     problem = packing_problem(StackedModel(model, find_targets(model, TWO), CPU), alone, 32)
     assert problem is not None
     assert "do not have the logits they have alone" in problem
@@ -551,10 +551,37 @@ def test_the_check_catches_texts_that_see_each_other(plain_attention):
 def test_a_sliding_window_is_refused():
     model = tiny_qwen2(torch.float32)
     model.config.use_sliding_window, model.config.sliding_window = True, 4
-    alone = alone_logits(model, CPU)
+    alone, short = alone_logits(model, CPU, 32), alone_logits(model, CPU, 4)
     engine = StackedModel(model, find_targets(model, TWO), CPU)
     assert "slides over 4 tokens, fewer than data.max_tokens=32" in (packing_problem(engine, alone, 32) or "")
-    assert packing_problem(engine, alone, 4) is None
+    assert packing_problem(engine, short, 4) is None
+
+
+def test_what_a_model_that_also_takes_images_says_of_its_texts_counts(monkeypatch):
+    """Its configuration has that of the language model as a part."""
+    model = tiny_qwen2(torch.float32)
+    alone = alone_logits(model, CPU, 32)
+    engine = StackedModel(model, find_targets(model, TWO), CPU)
+    assert packing_problem(engine, alone, 32) is None
+    part = SimpleNamespace(sliding_window=16, attention_dropout=0.1)
+    monkeypatch.setattr(type(model.config), "get_text_config", lambda self: part)
+    assert "slides over 16 tokens" in (packing_problem(engine, alone, 32) or "")
+    assert "attention_dropout=0.1" in (undivided_randomness(model) or "")
+    monkeypatch.setattr(
+        type(model.config), "get_text_config", lambda self: SimpleNamespace(final_logit_softcapping=30.0)
+    )
+    assert "final_logit_softcapping" in (packing_problem(engine, alone, 32) or "")
+
+
+def test_attention_that_reaches_less_far_than_a_long_text_is_seen():
+    """Whatever its name: a text as long as the run's longest is compared as well."""
+    model = tiny_qwen2(torch.float32)
+    alone = alone_logits(model, CPU, 64)
+    assert [len(logits) for logits in alone] == [7, 3, 12, 5, 64]
+    engine = StackedModel(model, find_targets(model, TWO), CPU)
+    assert packing_problem(engine, alone, 64) is None
+    alone[-1][20:] += 1.0  # as if tokens from the 21st on saw fewer than all before
+    assert "do not have the logits they have alone" in (packing_problem(engine, alone, 64) or "")
 
 
 def engine_for(model: torch.nn.Module, store: Any, *overrides: str) -> tuple[Any, Any]:
