@@ -99,7 +99,9 @@ def encode_answers(file: BinaryIO, texts: PromptedTexts, tokenizer: Any, max_tok
     """Append the tokens of all texts with an answer, int32, to `file`.
 
     Prompt and answer are tokenized together, as one text; a token with at least one character of the answer belongs
-    to the answer. The end-of-sequence token follows, in place of whatever the tokenizer itself puts behind a text.
+    to the answer. The end-of-sequence token follows, in place of whatever the tokenizer itself puts behind a text. A
+    prompt without any token is that of the beginning, or else the end, of a sequence, so that the answer has a
+    first token to follow from.
 
     Raises:
         DataError: the tokenizer cannot say which characters a token stands for, or has no end-of-sequence token.
@@ -114,6 +116,8 @@ def encode_answers(file: BinaryIO, texts: PromptedTexts, tokenizer: Any, max_tok
             "data.instruction.format needs a tokenizer with an end-of-sequence token, got none; set model.tokenizer "
             "to one that has it"
         )
+    bos = tokenizer.bos_token_id
+    in_front = np.array([tokenizer.eos_token_id if bos is None else bos], dtype=np.int64)
     rows = np.zeros((len(texts), 6), dtype=np.int64)
     for start in range(0, len(texts), TOKENIZER_BATCH):
         stop = min(start + TOKENIZER_BATCH, len(texts))
@@ -126,6 +130,8 @@ def encode_answers(file: BinaryIO, texts: PromptedTexts, tokenizer: Any, max_tok
                 rows[index, 0] = len(encoding.ids)
                 continue
             prompt, answer, order = _take_apart(encoding, spans, tokenizer.eos_token_id)
+            if prompt.size == 0:
+                prompt, order = in_front, np.zeros(1, dtype=order.dtype)
             kept_prompt, kept_answer = cut_to_fit(prompt, answer, order, max_tokens)
             file.write(np.concatenate((kept_prompt, kept_answer)).astype("<i4").tobytes())
             rows[index] = (

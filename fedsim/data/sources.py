@@ -74,7 +74,7 @@ def read_splits(source: str, subset: str | None) -> dict[str, Table]:
     if source == EMBEDDED:
         return {"train": _embedded_table()}
     splits = _load_local(source, path) if is_local else _load_hub(source, subset)
-    return {str(name): _as_table(split) for name, split in splits.items()}
+    return {str(name): _as_table(split, source) for name, split in splits.items()}
 
 
 def _embedded_table() -> Table:
@@ -86,9 +86,14 @@ def _embedded_table() -> Table:
     return Table(tuple(columns), len(docstrings), columns.__getitem__)
 
 
-def _as_table(split: Any) -> Table:
+def _as_table(split: Any, source: str) -> Table:
     def read(column: str) -> Sequence[Any]:
-        values: list[Any] = split[column][:]
+        try:
+            values: list[Any] = split[column][:]
+        except UnicodeDecodeError as error:  # of JSON, whose texts are not decoded before they are used
+            raise DataError(
+                f"data.source={source}: column {column!r} cannot be read ({_reason(error)}); convert the file"
+            ) from error
         names = getattr(split.features[column], "names", None)  # of a ClassLabel, which stores numbers
         if names is None:
             return values
@@ -133,6 +138,8 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
     options: dict[str, Any] = {}
     if builder == "csv":
         options["keep_default_na"] = False  # the words "NA", "null" and "None" are texts, not missing values
+        # and 007 is no 7, 1.10 no 1.1, True no truth value
+        as_text = {split: _text_columns(source, paths) for split, paths in readable.items()}
     cache = _writable_cache()
     splits: dict[Any, Any] = {}
     for split, paths in readable.items():  # one by one, because splits need not have the same columns
@@ -144,12 +151,29 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
                 data_files={split: [_literal(file) for file in paths]},
                 cache_dir=str(cache),
                 **options,
+                **({"features": as_text[split]} if builder == "csv" else {}),
             )
         except DataError as error:
             if isinstance(_innermost(error), OSError):  # a table that `datasets` made earlier may be cut off
                 raise DataError(f"{error}; if the file is sound, delete the cache folder {cache}") from error
             raise
     return splits
+
+
+def _text_columns(source: str, files: Sequence[Path]) -> Any:
+    """The columns of CSV files, all of them texts as they are written.
+
+    Raises:
+        DataError: the first file has no header that can be read.
+    """
+    import datasets
+    import pandas
+
+    try:
+        header = pandas.read_csv(files[0], nrows=0, keep_default_na=False).columns
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.source={source}: {files[0].name} cannot be read as csv ({error})") from error
+    return datasets.Features({str(name): datasets.Value("string") for name in header})
 
 
 def _files_by_split(source: str, path: Path) -> dict[str, list[Path]]:

@@ -148,7 +148,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of everything that decides how a tokenizer encodes; not of padding or truncation left from a call."""
     if getattr(tokenizer, "is_fast", False):
         tree = json.loads(tokenizer.backend_tokenizer.to_str())
-        return content_hash({key: tree[key] for key in tree if key not in ("padding", "truncation")})
+        kept = {key: tree[key] for key in tree if key not in ("padding", "truncation")}
+        if getattr(tokenizer, "split_special_tokens", False):  # it is no part of the backend
+            kept["split_special_tokens"] = True
+        return content_hash(kept)
     return content_hash(
         {
             "class": type(tokenizer).__name__,

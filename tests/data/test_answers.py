@@ -95,6 +95,20 @@ def test_several_references_tasks_and_categories_are_kept() -> None:
     assert answers.parts.tolist() == [0, 2]
 
 
+def test_a_prompt_without_a_token_is_that_of_the_beginning() -> None:
+    """Else the answer's first token would follow from nothing, and never be learned."""
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # puts nothing in front
+    nothing = Template("{input}", "{input}")
+    prompted = PromptedTexts(nothing, ("",), ("",), ((words(30, 31),),), np.zeros(1, dtype=np.int8))
+    store = build_token_store(TextSet(prompted), tokenizer, 32, "error", "training", "answer")
+
+    assert store.sequence(0).tolist() == [EOS, 30, 31, EOS]
+    assert store.label_start.tolist() == [1]
+
+
 def test_without_tasks_there_are_none() -> None:
     answers = build([ROW]).answers
     assert answers is not None

@@ -116,6 +116,28 @@ def test_words_that_pandas_takes_for_missing_values_are_texts(tmp_path: Path) ->
     assert all_texts(read(path)) == ["NA", "None", "hello", "null"]
 
 
+def test_values_of_a_csv_file_are_as_they_are_written(tmp_path: Path) -> None:
+    """No numbers or truth values are made of them: 007 and 7 are two clients, and 1.10 is not 1.1."""
+    path = tmp_path / "a.csv"
+    rows = ["text,kind,author", "a,1.1,007", "b,1.10,7", "True,1.1,07", "'2020-01-01',1.10,007"]
+    path.write_text("\n".join(rows * 1) + "\n", encoding="utf-8")
+    corpus = read(path, label_field="kind", client_field="author")
+
+    parts = (corpus.train, corpus.test)
+    assert {client for part in parts for client in part.clients or []} == {"007", "7", "07"}
+    assert {label for part in parts for label in part.labels or []} == {"1.1", "1.10"}
+    assert all_texts(corpus) == ["'2020-01-01'", "True", "a", "b"]
+
+
+def test_json_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Its texts are decoded when they are used."""
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes("".join(f'{{"text": "Größe {i}"}}\n' for i in range(9)).encode("latin-1"))
+
+    with pytest.raises(DataError, match="column 'text' cannot be read .it is not UTF-8 text"):
+        all_texts(read(path))
+
+
 def test_blank_lines_of_a_text_file_are_empty_texts(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\n", encoding="utf-8")

@@ -141,6 +141,9 @@ def test_a_tokenizer_fingerprint_ignores_what_earlier_calls_left_behind() -> Non
     tokenizer(["w3 w4 w5", "w6"], truncation=True, max_length=2, padding=True)
 
     assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.split_special_tokens = True
+    assert tokenizer_fingerprint(tokenizer) != before, "it decides whether </s> in a text is one token"
+    tokenizer.split_special_tokens = False
     assert build(TextSet(["w3 w4 w5", "w6"]), tokenizer=tokenizer).num_tokens.tolist() == [4, 2]
 
 
