@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from fedsim.errors import ConfigError
 
+KEY = r"[a-z_0-9]+(\.[a-z_0-9]+)+"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -35,11 +37,20 @@ def make_arms(grids: Sequence[str], extra: Sequence[str], seeds: Sequence[int]) 
     choices = []
     for grid in grids:
         key, _, values = grid.partition("=")
-        if not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key) or not values:
+        if not re.fullmatch(KEY, key) or not values:
             raise ConfigError(f"--grid must be KEY=VALUE,VALUE,..., got '{grid}'")
-        choices.append([f"{key}={value}" for value in values.split(",")])
+        choices.append([f"{key}={value}" for value in _split(values)])
     points = [list(point) for point in itertools.product(*choices)] if choices else []
-    points += [arm.split(",") for arm in extra]
+    for arm in extra:
+        points.append(_split(arm))
+        if not all(re.fullmatch(f"{KEY}=.+", override, re.DOTALL) for override in points[-1]):
+            raise ConfigError(f"--arm must be KEY=VALUE[,KEY=VALUE...], got '{arm}'")
+    if any(override.startswith("run.name=") for point in points for override in point):
+        raise ConfigError(
+            "run.name must not differ between arms, which get names of their own; leave it out of --grid"
+        )
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds must hold each seed once, got {','.join(map(str, seeds))}")
     seeded = [
         [*point, *([] if seed is None else [f"run.seed={seed}"])]
         for point in points or [[]]
@@ -53,6 +64,23 @@ def make_arms(grids: Sequence[str], extra: Sequence[str], seeds: Sequence[int]) 
             f"every arm of a sweep must have a name of its own, got {', '.join(twice)} more than once"
         )
     return arms
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas, but for those inside of brackets, braces or quotes."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def _short(override: str) -> str:

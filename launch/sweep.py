@@ -6,8 +6,10 @@ On this machine run after run, or as a job array of Slurm: an option that only S
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,9 @@ from launch.arms import Arm, arm_arguments, make_arms
 from launch.array import submit_sweep
 from launch.local import LAUNCHER_VARIABLES, Machine, Plan, count_cores, count_gpus, plan_local, positive
 from launch.options import add_slurm_options, parse_options
+
+EXIT_STOPPED = 75
+"""As of a run that was stopped between rounds."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
     parser, slurm_options = _parser()
     options = parse_options(parser, arguments)
     arms = make_arms(options.grid, options.arm, options.seeds)
+    if not (options.grid or options.arm or options.seeds):
+        raise ConfigError(
+            "a sweep needs --grid, --arm or --seeds; `python -m launch local` makes a single run"
+        )
     for_slurm = [name for name in slurm_options if getattr(options, name) is not parser.get_default(name)]
     if for_slurm:
         local = [f"--{name}" for name in ("jobs", "processes", "print") if getattr(options, name)]
@@ -73,13 +82,31 @@ def plan_sweep(
 
 
 def run_all(plans: Sequence[Plan], names: Sequence[str], jobs: int) -> int:
-    """Run the commands, `jobs` at a time, in order; say how each ended. 0, or the first code that is not."""
+    """Run the commands, `jobs` at a time, in order; say how each ended. 0, or the first code that is not.
+
+    After SIGINT or SIGTERM, which the runs that are under way get as well, no other one is begun, and the code is 75.
+    """
     began = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    asked: list[int] = []
+    children: set[subprocess.Popen[bytes]] = set()
+
+    def stop(number: int, frame: object) -> None:  # noqa: ARG001
+        asked.append(number)
+        if number == signal.SIGTERM:  # a terminal's Ctrl-C reaches them by itself
+            for child in list(children):
+                child.send_signal(number)
 
     def run(item: tuple[int, Plan]) -> int:
         index, plan = item
-        code = subprocess.run(plan.argv, env={**environment, **plan.environment}, check=False).returncode
+        if asked:
+            return EXIT_STOPPED
+        child = subprocess.Popen(plan.argv, env={**environment, **plan.environment})
+        children.add(child)
+        if asked:
+            child.send_signal(signal.SIGTERM)
+        code = child.wait()
+        children.discard(child)
         told = "finished" if code == 0 else f"ended with {code}"
         minutes = (time.monotonic() - began) / 60
         sys.stderr.write(
@@ -87,8 +114,22 @@ def run_all(plans: Sequence[Plan], names: Sequence[str], jobs: int) -> int:
         )
         return code
 
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(run, enumerate(plans)))
+    in_main = threading.current_thread() is threading.main_thread()
+    before = (
+        {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)} if in_main else {}
+    )
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            codes = list(pool.map(run, enumerate(plans)))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        sys.stderr.write(
+            f"launch: stopped by {signal.Signals(asked[0]).name} with {codes.count(0)} of {len(plans)} runs finished; "
+            "the same command goes on\n"
+        )
+        return EXIT_STOPPED
     return next((code for code in codes if code != 0), 0)
 
 

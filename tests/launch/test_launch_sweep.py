@@ -1,6 +1,10 @@
 """`python -m launch sweep`: the arms, their names, and running them."""
 
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,7 @@ from launch.__main__ import main
 from launch.local import Machine, Plan
 from launch.sweep import make_arms, plan_sweep, run_all
 
+ROOT = Path(__file__).resolve().parents[2]
 ALPHAS = "data.partition.dirichlet_alpha=0.1,1"
 
 
@@ -36,6 +41,8 @@ def test_without_any_point_the_seeds_remain():
         (["lora.rank"], [], "KEY=VALUE"),
         (["rank=1"], [], "KEY=VALUE"),
         ([], ["lora.rank=2", "lora.rank=2"], "rank_2"),
+        ([], ["foo"], r"--arm must be KEY=VALUE\[,KEY=VALUE...\], got 'foo'"),
+        (["run.name=a,b"], [], "run.name must not differ between arms"),
     ],
 )
 def test_arms_that_cannot_be_told_apart_or_read_are_refused(grids, arms, message):
@@ -78,3 +85,49 @@ def test_all_runs_are_made_and_a_failure_is_told(tmp_path, capsys, jobs):
     assert "2 of 3, b: ended with 3" in told
     assert "3 of 3, c: finished" in told
     assert run_all([plan(9, 0)], ["a"], jobs) == 0
+
+
+def test_lists_are_one_value():
+    """Commas inside of brackets and quotes do not part."""
+    grid = "lora.target_modules=[q_proj],[q_proj,v_proj]"
+    arms = make_arms([grid], ["data.label_field='a,b',lora.rank=2"], [])
+    assert [arm.overrides for arm in arms] == [
+        ("lora.target_modules=[q_proj]",),
+        ("lora.target_modules=[q_proj,v_proj]",),
+        ("data.label_field='a,b'", "lora.rank=2"),
+    ]
+    assert [arm.name for arm in arms][:2] == ["target_modules__q_proj", "target_modules__q_proj_v_proj"]
+
+
+def test_seeds_are_given_once():
+    with pytest.raises(ConfigError, match="--seeds must hold each seed once, got 0,0"):
+        make_arms([], [], [0, 0])
+
+
+def test_a_sweep_of_nothing_is_refused(capsys):
+    assert main(["sweep", "run.rounds=1"]) == 2
+    assert "a sweep needs --grid, --arm or --seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_stopped_begins_no_other_run(tmp_path, number):
+    """And hands SIGTERM on; a Ctrl-C reaches the runs by itself."""
+    work = (
+        "import signal, sys, time, pathlib; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        f"pathlib.Path(r'{tmp_path}', sys.argv[1]).touch(); time.sleep(1.5 if {int(number)} == 2 else 30)"
+    )
+    program = (
+        "import sys; from launch.local import Plan; from launch.sweep import run_all; "
+        f"plans = [Plan((sys.executable, '-c', {work!r}, str(i)), {{}}, 'test') for i in range(3)]; "
+        "sys.exit(run_all(plans, ['a', 'b', 'c'], 1))"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "0").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sweep.send_signal(number)
+    _, told = sweep.communicate(timeout=60)
+    assert sweep.returncode == 75, told
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    assert f"launch: stopped by {number.name}" in told
+    assert "Traceback" not in told
