@@ -80,7 +80,7 @@ from fedsim.tracking.environment import describe_environment
 from fedsim.tracking.metrics import ClientTable, MetricsLog, whole_rounds
 from fedsim.tracking.progress import Progress, build_progress, logs_through
 from fedsim.tracking.rank_log import rank_log
-from fedsim.tracking.run_folder import RunFolder, check_new_folder, open_run_folder
+from fedsim.tracking.run_folder import RunFolder, check_new_folder, check_run_folder, open_run_folder
 from fedsim.tracking.wandb_run import NoTracker, Tracker, build_tracker
 from fedsim.training.memory import FreeMemory, long_lived_set_aside
 
@@ -102,7 +102,7 @@ def dry_run(config: Config, group: Group) -> str:
     with all_or_none(group, "opening the run folder"):
         check_available(config.model.quantization)
         if group.rank == 0:
-            check_new_folder(_folder_path(config))
+            check_run_folder(_folder_path(config), to_yaml(config), _safe_keys(), complete_tree)
     return "\n".join(summary.lines())
 
 
@@ -148,7 +148,8 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 finished = records is not None and records.is_finished(config)
         if group.broadcast_object(finished):
             early = None if records is None else records.folder.recorded("reason")
-            how = early or f"{config.run.rounds} rounds"
+            done = 0 if records is None else rounds_completed(list_checkpoints(records.checkpoints)[-1])
+            how = early or f"{done} rounds"
             logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
             return
         try:
@@ -333,9 +334,14 @@ def _open_existing(config: Config, open_things: contextlib.ExitStack) -> Records
     return _open_new(config, open_things)
 
 
+def _safe_keys() -> list[str]:
+    return [key.removesuffix(".*") for key in SAFE_KEYS]
+
+
 def _open_new(config: Config, open_things: contextlib.ExitStack) -> Records:
-    safe_keys = [key.removesuffix(".*") for key in SAFE_KEYS]
-    folder = open_run_folder(_folder_path(config), to_tree(config), to_yaml(config), safe_keys, complete_tree)
+    folder = open_run_folder(
+        _folder_path(config), to_tree(config), to_yaml(config), _safe_keys(), complete_tree
+    )
     open_things.enter_context(folder)
     writer = CheckpointWriter(folder.path / CHECKPOINTS)
     open_things.callback(writer.close)

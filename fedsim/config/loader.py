@@ -113,8 +113,10 @@ def _estimate_options(known: argparse.Namespace) -> EstimateOptions | None:
         raise ConfigError("--dry-run and --estimate must not be given together; --estimate checks as much")
     if known.processes is not None and not re.fullmatch("[1-9][0-9]{0,5}", known.processes):
         raise ConfigError(f"--processes must be a whole number from 1 on, got {show(known.processes)}")
-    if known.json is not None and not Path(known.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json must name a file in a folder that exists, got {show(known.json)}")
+    if known.json is not None:
+        target = Path(known.json).absolute()
+        if not known.json or target.is_dir() or not target.parent.is_dir():
+            raise ConfigError(f"--json must name a file in a folder that exists, got {show(known.json)}")
     return EstimateOptions(
         known.probe,
         known.gpu,

@@ -30,12 +30,14 @@ class Plan:
         sequential: clients train one after another because the configuration says so.
         checkpointing: `training.gradient_checkpointing`.
         problem: why clients of a pack cannot train together; None if they can.
+        left_out: what the run will do and the figures do not count, in words.
     """
 
     num_packs: int
     sequential: bool
     checkpointing: bool
     problem: str | None
+    left_out: tuple[str, ...] = ()
 
 
 def advise(
@@ -44,6 +46,7 @@ def advise(
     """Lines for people, each with a remedy."""
     return [
         *_engine(plan),
+        *(f"not counted: {what}" for what in plan.left_out),
         *_memory(plan, facts, memory, slots),
         *_processes(plan, facts, amounts),
         *_device(facts, slots, amounts),

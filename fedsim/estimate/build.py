@@ -91,9 +91,7 @@ def build_estimate(
     )  # both since the same generation
     varlen = device.kind == "cuda" and in_half and has_kernel
     costs, problem = _costs(config, dtype, targets, copies_attention=not varlen)
-    costs = _split(
-        config.model, _quantized(config.model.quantization, costs, dtype), device.world_size, dtype
-    )
+    costs = _split(config.model, _quantized(config.model.quantization, costs, dtype), device, dtype)
     padded = config.training.trainer == "sequential" or problem is not None
     plans = _plans(summary)
     workload = _workload(config, summary, device, targets, padded, _shares_start(summary, plans))
@@ -118,6 +116,7 @@ def build_estimate(
         config.training.trainer == "sequential",
         config.training.gradient_checkpointing,
         problem,
+        _left_out(config),
     )
     return Estimate(
         device=device.text,
@@ -181,13 +180,34 @@ def _quantized(quantization: Quantization, costs: ModelCosts, dtype: torch.dtype
     return replace(costs, parameter_bytes=costs.parameter_bytes - saved, dequantized_bytes=largest)
 
 
-def _split(model: ModelConfig, costs: ModelCosts, world_size: int, dtype: torch.dtype) -> ModelCosts:
-    """Costs of a base of which each process of a group has a part, and its largest module while that is used."""
+def _split(model: ModelConfig, costs: ModelCosts, device: Device, dtype: torch.dtype) -> ModelCosts:
+    """Costs of a base of which each process of a group has a part, and its largest module while that is used.
+
+    With `model.offload=cpu` a GPU holds that module only.
+    """
     if model.sharding == "none":
         return costs
-    size = model.sharding_group_size or world_size
+    size = model.sharding_group_size or device.world_size
     largest = max((o * i for o, i in costs.linear_shapes), default=0) * dtype.itemsize
-    return replace(costs, parameter_bytes=-(-costs.parameter_bytes // size) + largest)
+    part = 0 if model.offload == "cpu" and device.kind == "cuda" else -(-costs.parameter_bytes // size)
+    return replace(costs, parameter_bytes=part + largest)
+
+
+def _left_out(config: Config) -> tuple[str, ...]:
+    """What a run will do and the figures do not count."""
+    found = []
+    if config.strategy.name == "slora":
+        found.append(
+            "the first stage of strategy.name=slora, whose clients train masked weights of full rank: its slots take "
+            "more memory than said here, and its bytes are those of the masked values"
+        )
+    if config.early_stopping.metric.startswith("validation"):
+        found.append(
+            f"the validation of early_stopping.metric={config.early_stopping.metric}, in time and memory"
+        )
+    if config.model.offload == "cpu":
+        found.append("the base's parts in main memory (model.offload=cpu), and the time in which they travel")
+    return tuple(found)
 
 
 def _answer_batches(config: Config, summary: RunSummary) -> tuple[tuple[int, int], ...]:

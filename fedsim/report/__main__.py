@@ -47,7 +47,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of run folders"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder for the report; made if need be"
+        "--out", required=True, type=_folder, metavar="DIR", help="folder for the report; made if need be"
     )
     parser.add_argument(
         "--clients",
@@ -71,6 +71,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "k_proj, or the first that is adapted); of many blocks the first, the middle and the last",
     )
     return parser.parse_args(arguments)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
 
 
 def _client_ids(text: str) -> list[int]:

@@ -130,7 +130,8 @@ def write_report(report: Report, out: Path) -> Path:
     An earlier report in `out` is replaced; other files there stay.
 
     Raises:
-        RunFolderError: `out` cannot be written, is a run folder, or has files of these names that are not ours.
+        RunFolderError: `out` cannot be written, is a run folder or within one, or has files of these names that are not
+            ours.
     """
     _check_out(out)
     images = [picture.png() for picture in report.pictures]
@@ -157,9 +158,9 @@ def _counted(report: Report) -> str:
 def _check_out(out: Path) -> None:
     rule = f"--out {out} must be a folder for the report"
     try:
+        if any((folder / "run.json").exists() for folder in (out, *out.absolute().parents)):
+            raise RunFolderError(f"{rule}, got a run folder, or one within; choose another")
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "run.json").exists():
-            raise RunFolderError(f"{rule}, got a run folder; choose another")
         page = out / PAGE
         is_ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
         taken = [name for name in (PAGE, MARKDOWN, FIGURES) if (out / name).exists()]

@@ -197,6 +197,22 @@ def check_new_folder(path: Path) -> None:
         raise _not_writable(path, error) from error
 
 
+def check_run_folder(
+    path: Path,
+    config_yaml: str,
+    safe_keys: Sequence[str],
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+) -> None:
+    """Refuse what `open_run_folder` would refuse, but for a folder in use, and leave nothing behind.
+
+    Raises:
+        RunFolderError: see `check_new_folder`; or it belongs to a run with another configuration.
+    """
+    check_new_folder(path)
+    if path.is_dir() and _has_results(path):
+        _refuse_other_config(path, config_yaml, safe_keys, complete)
+
+
 def open_run_folder(
     path: Path,
     config_tree: Mapping[str, Any],

@@ -196,6 +196,8 @@ def test_memory_that_does_not_fit_comes_with_a_remedy(program: Any, monkeypatch:
             ["--estimate", "--json", "/nowhere/at/all.json"],
             ["--json must name a file in a folder that exists"],
         ),
+        (["--estimate", "--json", ""], ["--json must name a file in a folder that exists, got ''"]),
+        (["--estimate", "--json", "/tmp"], ["--json must name a file in a folder that exists, got '/tmp'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -219,3 +221,14 @@ def test_all_processes_probe_together(program: Any) -> None:
     told = json.loads(path.read_text(encoding="utf-8"))
     assert told["world_size"] == 2
     assert told["round"]["received_bytes"] == 2 * told["round"]["gathered_bytes"] > 0
+
+
+def test_what_the_figures_do_not_count_is_said(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.run("--estimate") == 0
+    assert "not counted" not in capsys.readouterr().out
+    rules = ["strategy.name=slora", "strategy.slora.rounds=1", "run.rounds=3"]
+    rules += ["early_stopping.metric=validation_loss", "early_stopping.from_round=1"]
+    assert program.run("--estimate", *rules) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not counted: the first stage of strategy.name=slora" in told
+    assert "not counted: the validation of early_stopping.metric=validation_loss" in told

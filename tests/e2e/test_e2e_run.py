@@ -414,3 +414,18 @@ def test_resume_with_another_number_of_processes(program: Any) -> None:
         assert code == 0, errors
     assert adapter_bytes(program.run_folder) == adapter_bytes(program.run_folder.with_name("whole"))
     assert without_clock(program.run_folder) == without_clock(program.run_folder.with_name("whole"))
+
+
+def test_a_dry_run_refuses_the_folder_of_another_run(
+    program: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.run(*LEARNING, "run.rounds=1") == 0
+    assert program.run(*LEARNING, "run.rounds=1", "--dry-run") == 0
+    assert program.run(*LEARNING, "run.rounds=1", "lora.rank=1", "--dry-run") == 2
+    assert "belongs to a run with another configuration (lora.rank: 2 -> 1)" in capsys.readouterr().err
+
+
+def test_a_finished_run_says_how_many_rounds_it_has(program: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert program.run(*LEARNING, "run.rounds=3") == 0
+    assert program.run(*LEARNING, "run.rounds=1") == 0
+    assert "is finished (3 rounds); nothing to do" in caplog.text

@@ -151,8 +151,12 @@ def test_files_that_no_report_wrote_are_not_replaced(runs, tmp_path, capsys):
 
 
 def test_a_run_folder_is_no_place_for_a_report(runs, capsys):
-    assert main([str(runs), "--out", str(runs / "run-0")]) == 2
-    assert "got a run folder" in capsys.readouterr().err
+    for out in (runs / "run-0", runs / "run-0" / "checkpoints" / "new"):
+        assert main([str(runs), "--out", str(out)]) == 2
+        assert "got a run folder, or one within" in capsys.readouterr().err
+    assert not (runs / "run-0" / "checkpoints").exists()
+    assert main([str(runs), "--out", ""]) == 2
+    assert "--out: must name a folder, got ''" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
