@@ -156,7 +156,7 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
             summary, data = _prepare_data(config, group)
             _stop_if_asked(group, stops, "before the base was loaded")
             base = _load_base(config, group)
-            same_everywhere(group, "the base model", base.fingerprint)
+            same_everywhere(group, "the base model", base.fingerprint + base.settings)
             with all_or_none(group, "setting up the run"):
                 run = build_run(config, group, base, data, summary.tiers, summary.strategy)
             with all_or_none(group, "opening the run folder"):
@@ -275,6 +275,7 @@ class Records:
                 f"{self.folder.path / 'run.json'} must say what data and base the run was begun with, and does not; "
                 "restore the file, or delete the run folder to start again"
             )
+        before = {"base_settings": inputs["base_settings"], **before}  # which an older fedsim did not note
         changed = [name for name in inputs if before.get(name) != inputs[name]]
         if changed:
             raise RunFolderError(
@@ -477,7 +478,7 @@ def _settle_checkpoint(run: Run, states: Sequence[ServerState], records: Records
 
 
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
-    return {"data": summary.data.fingerprint, "base": base.fingerprint}
+    return {"data": summary.data.fingerprint, "base": base.fingerprint, "base_settings": base.settings}
 
 
 def _start_state(

@@ -1,6 +1,7 @@
 """The frozen base model that all clients share."""
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.cache import content_hash
 from fedsim.config.model_section import ModelConfig
 from fedsim.config.node import EMBEDDED
 from fedsim.errors import ModelError
@@ -46,6 +48,7 @@ class BaseModel:
         dtype: of the weights.
         fingerprint: hash of names, shapes and values; equal on two processes if they hold the same base.
         sharding: the processes that share the weights; None if this one has them all.
+        settings: see `settings_fingerprint`; equal on two processes if they compute the same with the same weights.
     """
 
     model: nn.Module
@@ -56,6 +59,7 @@ class BaseModel:
     dtype: torch.dtype
     fingerprint: str
     sharding: SharedBy | None = None
+    settings: str = ""
 
 
 def build_base(
@@ -100,7 +104,14 @@ def build_base(
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or config.name_or_path, config.name_or_path)
     source = str(folder) if config.name_or_path == EMBEDDED else config.name_or_path
     return BaseModel(
-        model, tokenizer, padding_id(tokenizer), config.name_or_path, source, dtype, fingerprint(model)
+        model,
+        tokenizer,
+        padding_id(tokenizer),
+        config.name_or_path,
+        source,
+        dtype,
+        fingerprint(model),
+        settings=settings_fingerprint(folder),
     )
 
 
@@ -128,7 +139,8 @@ def _build_sharded(
     check_tokenizer_fits(tokenizer, rows, config.tokenizer or name, name)
     mark = sharded_fingerprint(untyped, _content, hashlib.blake2b(digest_size=16))
     source = str(folder) if name == EMBEDDED else name
-    return BaseModel(untyped, tokenizer, padding_id(tokenizer), name, source, dtype, mark, sharding)
+    settings = settings_fingerprint(folder)
+    return BaseModel(untyped, tokenizer, padding_id(tokenizer), name, source, dtype, mark, sharding, settings)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -215,6 +227,19 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_content(tensor))
     return digest.hexdigest()
+
+
+UNIMPORTANT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Keys of config.json that say who wrote it, or what is chosen elsewhere."""
+
+
+def settings_fingerprint(folder: Path) -> str:
+    """Hash of a model's config.json, but for `UNIMPORTANT`.
+
+    It decides about the passes as the weights do: of rotary positions, norms and activations they hold nothing.
+    """
+    tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content_hash({key: value for key, value in tree.items() if key not in UNIMPORTANT})
 
 
 def _content(tensor: Tensor) -> bytes:

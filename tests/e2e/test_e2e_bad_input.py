@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -435,6 +436,20 @@ def test_corpus_that_has_changed_since(program: Any, refuse: Refuse) -> None:
     assert program.run("run.rounds=2") == 0
     path.write_bytes(path.read_bytes().replace(b"w3", b"w4"))
     refuse(["run.rounds=3"], ["was begun with other inputs (data)", "choose another run.name"])
+
+
+def test_base_whose_settings_have_changed_since(program: Any, refuse: Refuse) -> None:
+    """The weights do not show it: only what is computed with them changes."""
+    model = program.folder / "base"
+    shutil.copytree(program.settings["model.name_or_path"], model)
+    program.settings["model.name_or_path"] = model
+    assert program.run("run.rounds=2") == 0
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_version": "99.0"}))
+    assert program.run("run.rounds=3") == 0, "who wrote it does not matter"
+    assert config["activation_function"] == "relu"
+    (model / "config.json").write_text(json.dumps(config | {"activation_function": "gelu"}))
+    refuse(["run.rounds=4"], ["was begun with other inputs (base_settings)", "choose another run.name"])
 
 
 def damage_checkpoint(folder: Path, number: int) -> None:
