@@ -42,7 +42,6 @@
 #   FEDSIM_BINDS               folders that the container sees, with commas between them, besides the working folder, the
 #                              run folder, FEDSIM_CACHE and HF_HOME; A:B shows A as B
 #   FEDSIM_ARRAY_OFFSET        added to the array index to get the line of the manifest, from 0
-#
 #   FEDSIM_RETRY_S             seconds between attempts to reach Slurm's controller, of which there are 6; default: 5
 #
 # Written for bash 4.2 and newer; needs srun and scontrol, of which the container may be free.

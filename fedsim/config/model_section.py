@@ -6,6 +6,19 @@ from pydantic import Field
 
 from fedsim.config.node import EMBEDDED, Node, key
 
+Distribution = Literal[
+    "homogeneous",
+    "uniform",
+    "heavy_tail_light",
+    "heavy_tail_light_readme",
+    "normal",
+    "normal_code",
+    "heavy_tail_strong",
+    "heavy_tail_strong_readme",
+    "by_size",
+]
+"""Resource distributions in the order of arXiv 2402.11505, table 2."""
+
 
 class ModelConfig(Node):
     """The frozen base model."""
@@ -109,20 +122,7 @@ class LoraConfig(Node):
         "resource tiers with LoRA ranks of their own, such as [{share: 0.8, rank: 8}, {share: 0.2, rank: 30, "
         "module_ranks: {fc1: 200, fc2: 200}}]; each client is of one tier for the whole run; empty: all have lora.rank",
     )
-    distribution: (
-        Literal[
-            "homogeneous",
-            "uniform",
-            "heavy_tail_light",
-            "heavy_tail_light_readme",
-            "normal",
-            "normal_code",
-            "heavy_tail_strong",
-            "heavy_tail_strong_readme",
-            "by_size",
-        ]
-        | None
-    ) = key(
+    distribution: Distribution | None = key(
         None,
         "instead of lora.tiers: the resource types 1 to 4 of arXiv 2402.11505 (LoRA rank 8; 30; 30, and 200 on the "
         "feed-forward; 200) with shares in percent of homogeneous 100/0/0/0, uniform 25/25/25/25, heavy_tail_light "

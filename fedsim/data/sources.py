@@ -138,11 +138,13 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
     options: dict[str, Any] = {}
     if builder == "csv":
         options["keep_default_na"] = False  # the words "NA", "null" and "None" are texts, not missing values
-        # and 007 is no 7, 1.10 no 1.1, True no truth value
-        as_text = {split: _text_columns(source, paths) for split, paths in readable.items()}
     cache = _writable_cache()
     splits: dict[Any, Any] = {}
     for split, paths in readable.items():  # one by one, because splits need not have the same columns
+        if builder == "csv":
+            options["features"] = _text_columns(
+                source, paths
+            )  # 007 is no 7, 1.10 no 1.1, True no truth value
         try:
             splits |= _load(
                 source,
@@ -151,7 +153,6 @@ def _load_local(source: str, path: Path) -> Mapping[Any, Any]:
                 data_files={split: [_literal(file) for file in paths]},
                 cache_dir=str(cache),
                 **options,
-                **({"features": as_text[split]} if builder == "csv" else {}),
             )
         except DataError as error:
             if isinstance(_innermost(error), OSError):  # a table that `datasets` made earlier may be cut off

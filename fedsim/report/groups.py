@@ -4,12 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config.loader import SAFE_KEYS
+from fedsim.config.model_section import Distribution
 from fedsim.report.folders import RunRecord
 
 LENGTH = ("run.rounds", "early_stopping.patience")
@@ -25,18 +26,8 @@ LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
 DISTRIBUTION = "lora.distribution"
-DISTRIBUTIONS = (
-    "homogeneous",
-    "uniform",
-    "heavy_tail_light",
-    "heavy_tail_light_readme",
-    "normal",
-    "normal_code",
-    "heavy_tail_strong",
-    "heavy_tail_strong_readme",
-    "by_size",
-)
-"""Resource distributions in the order of arXiv 2402.11505, table 2."""
+DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
+"""Resource distributions in the paper's order."""
 
 
 @dataclass(frozen=True, slots=True)
