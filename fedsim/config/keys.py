@@ -41,7 +41,7 @@ class Key:
     Attributes:
         name: dotted, such as `lora.rank`.
         rule: the values it takes, such as `an integer > 0`.
-        item_rule: the same for one item of a list, else empty.
+        item_rule: the same for one item of a list, or one name of a section of names, else empty.
         choices: the texts it takes if only some are allowed, else empty.
         default: a JSON-like value.
         unit: empty if the value has none.
@@ -224,6 +224,8 @@ def _split(item: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _item_rule(annotation: Any) -> str:
+    if get_origin(annotation) is dict:
+        return _rule(*_split(get_args(annotation)[1]))
     return _rule(*_item(annotation)) if get_origin(annotation) is tuple else ""
 
 
@@ -239,7 +241,7 @@ def _rule(annotation: Any, bounds: dict[str, Any]) -> str:
         )
         return f"a {'non-empty ' if bounds.get('min_length') else ''}list of {plural}"
     if get_origin(annotation) is dict:
-        return f"a section of names, each with {_rule(*_split(get_args(annotation)[1]))}"
+        return f"a section of names, each with {_item_rule(annotation)}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return f"a section with {', '.join(annotation.model_fields)}"
     return _scalar_rule(annotation, bounds)

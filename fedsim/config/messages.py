@@ -54,17 +54,27 @@ def _plain(kind: str, location: tuple[int | str, ...], got: Any) -> str:
 
 def _in_item(kind: str, location: tuple[int | str, ...], got: Any) -> str:
     """A problem inside an item of a list of sections, such as lora.tiers[0].rank."""
-    first = next(index for index, part in enumerate(location) if isinstance(part, int))
-    name = ".".join(str(part) for part in location[:first])
-    rest = [str(part) for part in location[first + 1 :]]
-    shown = f"{name}[{location[first]}]" + "".join(f".{part}" for part in rest)
+    name, shown, rest = _item_place(location)
     field = next(field for field in all_keys()[name].fields if field.name == f"{name}.{rest[0]}")
     if kind == "missing":
         return f"{shown} must be set: {field.meaning}"
-    return f"{shown} must be {field.rule}, got {show(got)}"
+    rule = field.item_rule if len(rest) > 1 else field.rule  # of one name of a section of names
+    return f"{shown} must be {rule}, got {show(got)}"
+
+
+def _item_place(location: tuple[int | str, ...]) -> tuple[str, str, list[str]]:
+    """The list's dotted name, how the place is shown, and the parts of it behind the item's number."""
+    first = next(index for index, part in enumerate(location) if isinstance(part, int))
+    name = ".".join(str(part) for part in location[:first])
+    rest = [str(part) for part in location[first + 1 :]]
+    return name, f"{name}[{location[first]}]" + "".join(f".{part}" for part in rest), rest
 
 
 def _unknown(location: tuple[int | str, ...], name: str) -> str:
+    if any(isinstance(part, int) for part in location):
+        name, shown, _ = _item_place(location)
+        fields = [field.name.rpartition(".")[2] for field in all_keys()[name].fields]
+        return f"unknown key {shown}; an item of {name} has {', '.join(fields)}"
     last = str(location[-1])
     if "." in last and name in {*all_keys(), *section_names()}:
         return f"key {last!r} in a file must be nested (one section inside the other), not dotted"

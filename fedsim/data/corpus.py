@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, time
 from functools import cached_property
 from typing import Any
 
@@ -232,22 +233,34 @@ def _check_texts(values: Sequence[Any], column: str, where: str) -> None:
 
 
 def read_names(values: Sequence[Any], key: str, column: str, where: str) -> list[str]:
-    """The values of a column of names, as texts.
+    """The values of a column of names, as texts; dates as ISO 8601, without the time where no row has one.
 
     Raises:
-        DataError: a value is neither a text nor a number.
+        DataError: a value is neither a text nor a number nor a date.
     """
     for row, value in enumerate(values):
-        if not isinstance(value, str | int | float) or value != value:  # noqa: PLR0124 - NaN is a missing number
+        if not isinstance(value, str | int | float | date) or value != value:  # noqa: PLR0124 - NaN is a missing number
             raise DataError(
-                f"{key}='{column}' must hold a text or a number in every row, but row {row} (counted from 0) of "
-                f"{where} is {_describe(value)}; correct or remove it"
+                f"{key}='{column}' must hold a text, a number or a date in every row, but row {row} (counted from 0) "
+                f"of {where} is {_describe(value)}; correct or remove it"
             )
+    if any(
+        isinstance(value, date) for value in values
+    ):  # JSON whose texts are all dates is read as dates, too
+        days = all(not isinstance(value, datetime) or value.time() == time() for value in values)
+        return [
+            (value.date() if days and isinstance(value, datetime) else value).isoformat()
+            if isinstance(value, date)
+            else str(value)
+            for value in values
+        ]
     return [str(value) for value in values]
 
 
 def _describe(value: object) -> str:
     if value is None:
         return "null"
+    if isinstance(value, date):
+        return f"the date {value} (a JSON column in which all texts look like dates is read as dates; CSV keeps them)"
     shown = repr(value)
     return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"

@@ -129,6 +129,26 @@ def test_values_of_a_csv_file_are_as_they_are_written(tmp_path: Path) -> None:
     assert all_texts(corpus) == ["'2020-01-01'", "True", "a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("2020-01-02", "2020-01-02"), ("2020-01-02T10:30:00", "2020-01-02T10:30:00")],
+)
+def test_clients_named_by_dates_keep_these_names(written: str, name: str, tmp_path: Path) -> None:
+    rows = [{**row, "day": "2020-01-01" if place % 2 else written} for place, row in enumerate(ROWS)]
+    corpus = read(write_jsonl(tmp_path / "texts.jsonl", rows), client_field="day")
+    assert corpus.train.clients is not None
+    assert name in corpus.train.clients
+    assert len(set(corpus.train.clients)) == 2
+
+
+def test_texts_that_are_all_dates_are_refused_with_a_remedy_that_works(tmp_path: Path) -> None:
+    dates = [{"text": f"2020-01-{day:02d}"} for day in range(1, 21)]
+    with pytest.raises(DataError, match=r"is the date 2020-01-01 .*CSV keeps them"):
+        read(write_jsonl(tmp_path / "texts.jsonl", dates))
+    (tmp_path / "texts.csv").write_text("\n".join(["text", *(row["text"] for row in dates)]) + "\n")
+    assert all_texts(read(tmp_path / "texts.csv")) == [row["text"] for row in dates]
+
+
 def test_json_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
     """Its texts are decoded when they are used."""
     path = tmp_path / "latin.jsonl"
@@ -321,7 +341,9 @@ def test_a_missing_label_or_client_is_refused(key: str, value: object, tmp_path:
     if value is None:
         path = write_jsonl(path, [{"text": "a", "x": "b"}, {"text": "b", "x": None}])
 
-    with pytest.raises(DataError, match=f"data.{key}='x' must hold a text or a number in every row, but row"):
+    with pytest.raises(
+        DataError, match=f"data.{key}='x' must hold a text, a number or a date in every row, but row"
+    ):
         read(path, **{key: "x"})
 
 
