@@ -69,6 +69,7 @@ from fedsim.server.round import RoundReport, Run, measure_global, run_round
 from fedsim.server.summary import RunSummary
 from fedsim.stopping import (
     EXIT_PREEMPTED,
+    LAUNCHER_STOP_FILE_VARIABLE,
     STOP_FILE,
     STOP_FILE_VARIABLE,
     Preempted,
@@ -198,11 +199,11 @@ def _load_base(config: Config, group: Group) -> BaseModel:
 
 def _build_stops(config: Config, requests: StopRequests) -> StopWatch:
     minutes = config.run.max_minutes
-    other = os.environ.get(STOP_FILE_VARIABLE)
+    others = [os.environ.get(name) for name in (STOP_FILE_VARIABLE, LAUNCHER_STOP_FILE_VARIABLE)]
     return StopWatch(
         requests,
         _folder_path(config) / STOP_FILE,
-        [Path(other)] if other else [],
+        [Path(other) for other in others if other],
         TimeBudget(None if minutes is None else 60 * minutes, requests.began_s),
     )
 

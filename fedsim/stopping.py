@@ -26,6 +26,9 @@ STOP_FILE = "stop"
 STOP_FILE_VARIABLE = "FEDSIM_STOP_FILE"
 """Environment variable with the path of a file by which a batch script stops the run."""
 
+LAUNCHER_STOP_FILE_VARIABLE = "FEDSIM_LAUNCHER_STOP_FILE"
+"""The same for `launch local`, which sets it for its own processes."""
+
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 ENDING = (signal.SIGTERM, signal.SIGINT)
 """Signals that end the process at once when they come again."""

@@ -1,4 +1,4 @@
-"""`python -m launch local`: check the configuration once, then become torchrun on this machine."""
+"""`python -m launch local`: check the configuration once, then run it on this machine by torchrun."""
 
 import argparse
 import math
@@ -15,6 +15,7 @@ from fedsim.config.loader import parse_command_line
 from fedsim.config.schema import Config
 from fedsim.errors import ConfigError
 
+TORCHRUN = "torch.distributed.run"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """What a launcher around this one may have left in the environment."""
 
@@ -37,7 +38,7 @@ class Plan:
     """A command, ready to be executed.
 
     Attributes:
-        argv: program and arguments.
+        argv: program and arguments, with torchrun where there are several processes.
         environment: variables to set, on top of those that are there.
         reason: why so many processes, in words.
     """
@@ -50,6 +51,11 @@ class Plan:
         """The command as a line for a shell."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.argv)])
+
+    @property
+    def executed(self) -> tuple[str, ...]:
+        """`argv` with `launch.agent` in torchrun's place."""
+        return tuple("launch.agent" if word == TORCHRUN else word for word in self.argv[:3]) + self.argv[3:]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -98,7 +104,7 @@ def plan_local(
         reason = "as asked for"
     program = ["-m", "fedsim.main", *run_arguments]
     if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        torchrun = ["-m", TORCHRUN, "--standalone", "--nproc_per_node", str(processes)]
         program = [*torchrun, *program]
     return Plan((python, *program), {"OMP_NUM_THREADS": str(threads)}, f"{_count(processes)}: {reason}")
 
@@ -173,7 +179,7 @@ def _become(plan: Plan) -> NoReturn:
     sys.stderr.write(f"launch: {plan.reason}\n")
     sys.stderr.flush()
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    os.execve(plan.argv[0], plan.argv, {**environment, **plan.environment})
+    os.execve(plan.executed[0], plan.executed, {**environment, **plan.environment})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         "usable cores divided by run.threads_per_process; at most the packs of a round",
     )
     parser.add_argument("--threads", type=positive, metavar="T", help="the same as run.threads_per_process=T")
-    parser.add_argument("--print", action="store_true", help="print the command, and stop")
+    parser.add_argument("--print", action="store_true", help="print it as a command of torchrun, and stop")
     parser.add_argument(
         "rest",
         nargs="*",

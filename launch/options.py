@@ -122,6 +122,10 @@ def build_job(options: argparse.Namespace, environment: Mapping[str, str]) -> Jo
     site = SiteProfile()
     if options.profile is not None:
         site = load_profile(find_profile(options.profile, environment, Path.home()), environment)
+    if options.dry_run and options.test:
+        raise ConfigError(
+            "--dry-run and --test must not be given together; --test asks Slurm, --dry-run nobody"
+        )
     if options.setup is not None and not options.setup.is_file():
         raise ConfigError(f"--setup must be a file, and there is no {options.setup}")
     if options.container_runtime is not None and options.container is None and site.container is None:

@@ -16,13 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from fedsim.config.loader import parse_command_line
 from fedsim.errors import ConfigError
+from fedsim.stopping import EXIT_PREEMPTED
 from launch.arms import Arm, arm_arguments, make_arms
 from launch.array import submit_sweep
 from launch.local import LAUNCHER_VARIABLES, Machine, Plan, count_cores, count_gpus, plan_local, positive
 from launch.options import add_slurm_options, parse_options
-
-EXIT_STOPPED = 75
-"""As of a run that was stopped between rounds."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,6 +39,8 @@ def main(arguments: Sequence[str]) -> int:
             "a sweep needs --grid, --arm or --seeds; `python -m launch local` makes a single run"
         )
     for_slurm = [name for name in slurm_options if getattr(options, name) is not parser.get_default(name)]
+    if for_slurm == ["dry_run"]:  # without any other option of Slurm, the runs would be made here
+        options.print, for_slurm = True, []
     if for_slurm:
         local = [f"--{name}" for name in ("jobs", "processes", "print") if getattr(options, name)]
         if local:
@@ -100,8 +100,8 @@ def run_all(plans: Sequence[Plan], names: Sequence[str], jobs: int) -> int:
     def run(item: tuple[int, Plan]) -> int:
         index, plan = item
         if asked:
-            return EXIT_STOPPED
-        child = subprocess.Popen(plan.argv, env={**environment, **plan.environment})
+            return EXIT_PREEMPTED
+        child = subprocess.Popen(plan.executed, env={**environment, **plan.environment})
         children.add(child)
         if asked:
             child.send_signal(signal.SIGTERM)
@@ -129,7 +129,7 @@ def run_all(plans: Sequence[Plan], names: Sequence[str], jobs: int) -> int:
             f"launch: stopped by {signal.Signals(asked[0]).name} with {codes.count(0)} of {len(plans)} runs finished; "
             "the same command goes on\n"
         )
-        return EXIT_STOPPED
+        return EXIT_PREEMPTED
     return next((code for code in codes if code != 0), 0)
 
 
@@ -170,7 +170,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         metavar="N",
         help="processes of each run; default: as `launch local` decides",
     )
-    local.add_argument("--print", action="store_true", help="print the commands, and stop")
+    local.add_argument(
+        "--print",
+        action="store_true",
+        help="print the commands, and stop; --dry-run without another option of Slurm is the same",
+    )
     parser.add_argument("rest", nargs="*", metavar="CONFIG.yaml | KEY=VALUE", help="as for fedsim.main")
     names = {action.dest for action in parser._actions}
     group = add_slurm_options(parser)

@@ -139,11 +139,14 @@ def test_signal_during_the_start(
     check_resumes_to(twin, program)
 
 
-def test_stop_file_of_a_batch_script(program: Any, twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["FEDSIM_STOP_FILE", "FEDSIM_LAUNCHER_STOP_FILE"])
+def test_stop_file_of_what_started_the_run(
+    variable: str, program: Any, twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = program.folder / "batch.stop"
     theirs.touch()
     with monkeypatch.context() as patch:
-        patch.setenv("FEDSIM_STOP_FILE", str(theirs))
+        patch.setenv(variable, str(theirs))
         assert program.run(*COMMAND) == EXIT_PREEMPTED
     assert theirs.exists()
     check_resumes_to(twin, program)

@@ -2,14 +2,17 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fedsim.config.loader import load_config
 from fedsim.errors import ConfigError
+from fedsim.stopping import LAUNCHER_STOP_FILE_VARIABLE, SAME_REQUEST_S
 from launch.local import Machine, choose_processes, count_cores, count_gpus, main, plan_local
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,3 +153,67 @@ def test_the_process_becomes_the_run(
     assert not {"RANK", "WORLD_SIZE"} & set(environment)
     assert (environment["OMP_NUM_THREADS"], environment["MY_OWN"]) == ("1", "kept")
     assert capsys.readouterr().err == "launch: 1 process: as asked for\n"
+
+
+WORKER = """
+import os, pathlib, signal, sys, time
+pathlib.Path(sys.argv[1], os.environ["RANK"]).touch()
+{what}
+"""
+
+
+def agent(folder: Path, what: str) -> "subprocess.Popen[str]":
+    """`launch.agent` with two processes that do `what`, once both are there."""
+    (folder / "worker.py").write_text(WORKER.format(what=what))
+    (folder / "there").mkdir()
+    words = ["-m", "launch.agent", "--standalone", "--nproc_per_node", "2"]
+    started = subprocess.Popen(
+        [sys.executable, *words, str(folder / "worker.py"), str(folder / "there")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while len(list((folder / "there").iterdir())) < 2:
+        assert started.poll() in (None, 2), started.communicate()
+        time.sleep(0.1)
+    return started
+
+
+def test_the_code_is_that_of_the_processes_without_a_report_of_torchrun(tmp_path: Path) -> None:
+    ended = agent(tmp_path, "time.sleep(2); sys.stderr.write('one line\\n'); sys.exit(2)")
+
+    _, told = ended.communicate(timeout=60)
+    assert (ended.returncode, set(told.splitlines())) == (2, {"one line"})
+
+
+def test_a_process_that_was_killed_is_named(tmp_path: Path) -> None:
+    ended = agent(tmp_path, "os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(60)")
+
+    _, told = ended.communicate(timeout=60)
+    assert ended.returncode == 137
+    assert "launch: rank 1 was ended by SIGKILL; the machine may have run out of memory" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_asks_the_run_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    what = (
+        f"while not os.path.exists(os.environ[{LAUNCHER_STOP_FILE_VARIABLE!r}]): time.sleep(0.1)\n"
+        "time.sleep(1); sys.exit(75)"
+    )
+    stopped = agent(tmp_path, what)
+
+    stopped.send_signal(number)
+
+    _, told = stopped.communicate(timeout=60)
+    assert (stopped.returncode, told) == (75, "")
+
+
+def test_a_second_signal_ends_the_run(tmp_path: Path) -> None:
+    stubborn = agent(tmp_path, "time.sleep(100)")
+    stubborn.send_signal(signal.SIGTERM)
+    time.sleep(SAME_REQUEST_S + 0.5)
+    assert stubborn.poll() is None
+    stubborn.send_signal(signal.SIGTERM)
+
+    _, told = stubborn.communicate(timeout=60)
+    assert (stubborn.returncode, "Traceback" in told) == (128 + signal.SIGTERM, False), told

@@ -197,6 +197,7 @@ def test_test_asks_slurm_and_writes_nothing(
         (["--", "--no-such"], "unknown option '--no-such'"),
         (["--profile", "nowhere"], "ConfigError: unknown profile 'nowhere': no nowhere.yaml in "),
         (["--profile", "./no/where.yaml"], "there is no file ./no/where.yaml"),
+        (["--dry-run", "--test"], "--dry-run and --test must not be given together"),
         (["--setup", "/no/where"], "--setup must be a file, and there is no /no/where"),
         (["--container-runtime", "pyxis"], "--container-runtime needs --container IMAGE"),
         (

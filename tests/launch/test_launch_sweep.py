@@ -65,8 +65,10 @@ def test_every_configuration_is_checked_before_anything_starts():
         plan_sweep([], make_arms(["lora.rank=2,0"], [], []), machine)
 
 
-def test_print_shows_the_commands(capsys):
-    assert main(["sweep", "--grid", ALPHAS, "--seeds", "0,1", "--print", "run.rounds=1"]) == 0
+@pytest.mark.parametrize("option", ["--print", "--dry-run"])
+def test_print_shows_the_commands(option, capsys):
+    """So does --dry-run where nothing else chooses Slurm."""
+    assert main(["sweep", "--grid", ALPHAS, "--seeds", "0,1", option, "run.rounds=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all("run.rounds=1" in line and "fedsim.main" in line for line in lines)
