@@ -75,7 +75,7 @@ def replace_folder(path: Path, build: Callable[[Path], None]) -> None:
             unfinished.mkdir()
             build(unfinished)
             open_files_as_folder(unfinished)
-            _sync_tree(unfinished)
+            sync_tree(unfinished)
             _move_into_place(unfinished, path)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -143,7 +143,8 @@ def _unfinished_name(path: Path) -> Path:
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Force the files below a folder, and its lists of names, to the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             with (Path(root) / name).open("rb") as file:

@@ -14,10 +14,9 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from filelock import FileLock
-
-from fedsim.atomic import open_files_as_folder
+from fedsim.atomic import open_files_as_folder, sync_tree
 from fedsim.errors import FedsimError
+from fedsim.locks import NoLocksError, file_lock
 
 MANIFEST = "manifest.json"
 
@@ -54,9 +53,14 @@ def cached_folder(kind: str, content: Mapping[str, object], build: Callable[[Pat
     entry = cache_root() / kind / content_hash(content)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{entry}.lock"):
+        with file_lock(Path(f"{entry}.lock")):
             if not entry.exists() and not entry.is_symlink():
                 _build_entry(entry, content, build)
+    except NoLocksError as error:
+        raise CacheError(
+            f"the cache folder {cache_root()} must be on a file system with file locks (flock); set FEDSIM_CACHE to "
+            "another folder"
+        ) from error
     except OSError as error:
         raise CacheError(
             f"the cache folder {cache_root()} must be writable ({error.strerror or error}); "
@@ -67,7 +71,10 @@ def cached_folder(kind: str, content: Mapping[str, object], build: Callable[[Pat
 
 
 def _build_entry(entry: Path, content: Mapping[str, object], build: Callable[[Path], None]) -> None:
-    unfinished = entry.with_name(f".{entry.name[:8]}-{secrets.token_hex(4)}")
+    """Make the entry; for the process that holds its lock, so what others began of it they did not live to finish."""
+    for left in entry.parent.glob(f".{entry.name}-*"):
+        shutil.rmtree(left)
+    unfinished = entry.with_name(f".{entry.name}-{secrets.token_hex(4)}")
     unfinished.mkdir()  # with the user's umask, so that a group can share a cache
     try:
         build(unfinished)
@@ -75,6 +82,7 @@ def _build_entry(entry: Path, content: Mapping[str, object], build: Callable[[Pa
         files = {path.name: _checksum(path) for path in sorted(unfinished.iterdir())}
         manifest = {"content": dict(content), "files": files}
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        sync_tree(unfinished)
         unfinished.rename(entry)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from fedsim.config.loader import SAFE_KEYS, differences, load_config
 from fedsim.config.paths import local_path
 from fedsim.config.schema import Config
 from fedsim.errors import RunFolderError
+from fedsim.locks import file_lock
 
 FINISHED = "finished"
 
@@ -101,7 +102,7 @@ def is_in_use(folder: Path) -> bool:
     if not lock.exists():
         return False
     try:
-        with FileLock(lock, timeout=0):
+        with file_lock(lock, timeout_s=0):
             return False
     except Timeout:
         return True

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LEAVES = {"errors", "seeding", "cache", "atomic", "environ", "stopping"}
+LEAVES = {"errors", "seeding", "cache", "atomic", "environ", "locks", "stopping"}
 """Modules that every room may import. They import nothing of fedsim but each other, and errors nothing at all."""
 
 ROOMS: dict[str, set[str]] = {
@@ -41,16 +41,17 @@ MODULES: dict[str, set[str]] = {
     "fedsim": set(),
     "errors": set(),
     "seeding": set(),
-    "cache": {"errors", "atomic"},
+    "cache": {"errors", "atomic", "locks"},
     "atomic": {"errors"},
     "environ": {"errors"},
+    "locks": set(),
     "stopping": set(),
     "simulation": {*ROOMS, *LEAVES},
     "main": {*ROOMS, *LEAVES, "simulation"},
 }
 """File beside the rooms -> what it may import."""
 
-LAUNCH = {"config", "errors", "stopping"}
+LAUNCH = {"config", "errors", "locks", "stopping"}
 ONLY_IN = {"torch.distributed": ("comm", "launch"), "wandb": ("tracking",)}
 
 

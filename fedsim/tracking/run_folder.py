@@ -16,12 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from fedsim.atomic import remove_unfinished, write_text_atomic
 from fedsim.config.keys import flatten
 from fedsim.config.yaml_text import read_yaml
 from fedsim.errors import ConfigError, RunFolderError
+from fedsim.locks import NoLocksError, take_lock
 
 CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
@@ -258,8 +259,9 @@ def open_run_folder(
 
 
 def _not_writable(path: Path, error: OSError) -> RunFolderError:
+    reason = error.strerror or error
     return RunFolderError(
-        f"run.output_dir must be writable, and the run folder {path} is not ({error.strerror or error}); "
+        f"run.output_dir must be writable, and the run folder {path} is not ({reason}); "
         "set run.output_dir or run.name to another"
     )
 
@@ -277,22 +279,20 @@ def _refuse_foreign_folder(path: Path) -> None:
 
 
 def _take_lock(path: Path) -> BaseFileLock:
-    lock = FileLock(path / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        return take_lock(path / LOCK_FILE, timeout_s=0)
     except Timeout as error:
         raise RunFolderError(
             f"run folder {path} is in use by another process ({_owner(path)}); "
             "wait for it or choose another run.name"
         ) from error
-    except RuntimeError as error:  # what filelock says of a file system without them
+    except NoLocksError as error:
         raise RunFolderError(
             f"run.output_dir must be on a file system with file locks (flock), and that of {path} has none; choose "
             "another run.output_dir"
         ) from error
     except OSError as error:
         raise _not_writable(path, error) from error
-    return lock
 
 
 def _identity(path: Path) -> tuple[int, int]:
