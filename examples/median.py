@@ -33,8 +33,9 @@ class Median:
     def aggregate(self, state, reports, factors):  # factors: one module after another
         modules = {}
         for module, cohort in factors:
-            A = torch.stack([client.A for client in cohort]).median(dim=0).values
-            B = torch.stack([client.B for client in cohort]).median(dim=0).values
+            # of an even number torch.median would take the lower one of the middle two
+            A = torch.stack([client.A for client in cohort]).quantile(0.5, dim=0)
+            B = torch.stack([client.B for client in cohort]).quantile(0.5, dim=0)
             old = state.adapter[module]
             modules[module] = LoraFactors(
                 old.A + self.step * (A - old.A), old.B + self.step * (B - old.B), old.scaling

@@ -1,4 +1,4 @@
-"""Every exception that a user, a cluster or a file can cause.
+"""What a user, a cluster or a file can cause; `cache.CacheError` stands beside the cache, which is a leaf of its own.
 
 A message names the dotted key or the identity, the rule, the value got and, where it is short, the remedy.
 `main.py` prints such an error as one line and exits with code 2, or 1 where `is_user_error` denies that
@@ -42,6 +42,10 @@ class CheckpointError(FedsimError):
     """A checkpoint is missing, damaged, or belongs to another configuration."""
 
 
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint is there and cannot be read now: a disk or a network that failed, not damage."""
+
+
 class SchedulerError(FedsimError):
     """The cluster's scheduler is not there, or refuses what it is asked for."""
 
@@ -76,4 +80,4 @@ def is_user_error(error: BaseException) -> bool:
     """Whether the user can mend it, so that the same command would fail again; else a bug, or a machine that failed."""
     if isinstance(error, PeerError):
         return error.user_error
-    return isinstance(error, FedsimError) and not isinstance(error, LostRankError)
+    return isinstance(error, FedsimError) and not isinstance(error, LostRankError | UnreadableError)

@@ -42,15 +42,10 @@ from fedsim.models.description import BaseDescription, describe_base
 from fedsim.models.merged import save_merged_model
 from fedsim.models.quantized import check_available
 from fedsim.models.tokenizer import build_tokenizer
-from fedsim.server.build import (
-    build_cohort_policy,
-    build_federated_strategy,
-    build_initial_adapter,
-    build_participation,
-    build_run,
-    build_stopping_rule,
-    build_tiers,
-)
+from fedsim.server.build import build_initial_adapter, build_run, check_svd_device
+from fedsim.server.build_clients import build_cohort_policy, build_participation, build_tiers
+from fedsim.server.build_strategy import build_federated_strategy
+from fedsim.server.build_tests import build_stopping_rule
 from fedsim.server.checkpoint import (
     CheckpointWriter,
     checkpoint_path,
@@ -65,7 +60,8 @@ from fedsim.server.checkpoint import (
 from fedsim.server.client_store import ClientStore
 from fedsim.server.early_stopping import why_stopped
 from fedsim.server.metrics import client_rows, round_metrics
-from fedsim.server.round import RoundReport, Run, measure_global, run_round
+from fedsim.server.round import RoundReport, measure_global, run_round
+from fedsim.server.run import Run
 from fedsim.server.summary import RunSummary
 from fedsim.stopping import (
     EXIT_PREEMPTED,
@@ -152,6 +148,8 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
             done = 0 if records is None else rounds_completed(list_checkpoints(records.checkpoints)[-1])
             how = early or f"{done} rounds"
             logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
+            if group.rank == 0:
+                stops.obeyed()
             return
         try:
             summary, data = _prepare_data(config, group)
@@ -164,6 +162,8 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 if group.rank == 0 and records is None:
                     records = _open_new(config, open_things)
             _run_rounds(config, run, base, summary, records, stops)
+            if group.rank == 0:
+                stops.obeyed()  # it may have been asked in its last round
         except BaseException as error:
             stops.ends(error)
             if group.rank == 0:
@@ -181,17 +181,11 @@ def _load_base(config: Config, group: Group) -> BaseModel:
     if config.model.sharding == "none":
         return root_first(group, "loading the base model", lambda: build_base(config.model, group.device))
     root_first(group, "fetching the base model", lambda: locate_base(config.model))
+    sharding = ShardingGroup(
+        group, config.model.sharding_group_size, config.model.offload == "cpu", config.comm.timeout_s
+    )
     base: BaseModel | None = None
     with all_or_none(group, "loading the base model"):
-        size = config.model.sharding_group_size
-        sharding = ShardingGroup(
-            group.rank,
-            group.world_size,
-            group.device,
-            size,
-            config.model.offload == "cpu",
-            config.comm.timeout_s,
-        )
         base = build_base(config.model, group.device, sharding)
     assert base is not None
     return base
@@ -369,6 +363,7 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
     description, data = root_first(group, "preparing the data", prepare)
     same_everywhere(group, "the data and its partition", data.fingerprint)
     with all_or_none(group, "setting up the adapter"):
+        check_svd_device(config.aggregation.svd_device, group.device)
         num_clients = data.partition.num_clients
         tiers = build_tiers(config, description.targets, num_clients, data.partition.sizes)
         summary = RunSummary(
@@ -475,7 +470,8 @@ def _settle_checkpoint(run: Run, states: Sequence[ServerState], records: Records
     records.writer.wait()
     if any(state.client_versions for state in states):  # else no checkpoint need be read again
         kept = kept_client_versions(records.checkpoints)
-        run.store.drop_superseded([*kept, *(state.client_versions for state in states)])
+        if kept is not None:
+            run.store.drop_superseded([*kept, *(state.client_versions for state in states)])
 
 
 def _fingerprints(base: BaseModel, summary: RunSummary) -> dict[str, str]:
@@ -498,7 +494,9 @@ def _start_state(
         else:
             logger.info("resuming after %d of %d rounds", state.round_index, run.rounds)
         records.go_back_to(state.round_index)
-        run.store.drop_unknown(kept_client_versions(records.checkpoints))
+        kept = kept_client_versions(records.checkpoints)
+        if kept is not None:
+            run.store.drop_unknown([*kept, state.client_versions])
         return state
 
     state = broadcast_state(group, None, on_root(group, "loading the checkpoint", load))

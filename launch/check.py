@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.config.loader import parse_command_line
 from launch.manifest import read_element
 from launch.runs import refuse_unusable, run_folder
+from launch.submit import checked_config
 
 PATIENCE_S = 60
 """How long the processes of a job's earlier start may take to let go of the run folder."""
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.element is not None:
         path, index = options.element
         rest = [*read_element(Path(path), index), *rest]
-    config = parse_command_line(rest).config
+    config = checked_config(rest)
     state = refuse_unusable(config, PATIENCE_S if options.fields else 0)
     folder, verdict = run_folder(config), "finished" if state.is_finished(config) else "ready"
     if options.fields:

@@ -163,6 +163,8 @@ def num_packs(config: Config) -> int:
     """Packs of a round, at most: what there is to deal out to processes."""
     if config.strategy.name == "centralized":
         return 1  # one virtual client
+    if config.cohort.sampling == "poisson":  # any number of clients may be drawn
+        return config.training.pack.num_packs
     size = config.cohort.clients_a_round(config.data.partition.num_clients)
     return min(math.ceil(size), config.training.pack.num_packs)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedsim.errors import ConfigError, RunFolderError
+from fedsim.errors import ConfigError, RunFolderError, SchedulerError
 from launch import records, slurm
 from launch.options import Job
 from launch.script import Container, Restarts
@@ -55,7 +55,7 @@ def submit_parts(
 
     Raises:
         RunFolderError: the files cannot be written.
-        SchedulerError: Slurm refuses a job.
+        SchedulerError: Slurm refuses a job. Nothing is left of the others, or the message names those that are.
     """
     records.write_files(place, {**texts, **records.code_files()})
     submitted: list[list[str]] = []
@@ -67,11 +67,18 @@ def submit_parts(
                 options = part.options(job, *before)
                 before = [slurm.submit(place / records.SCRIPT, options, part.arguments)]
                 submitted[-1] += before
-    except BaseException:
+    except BaseException as refused:
         taken = [job_id for chain in submitted for job_id in chain]
-        if taken:
-            slurm.cancel(taken)
-        records.remove_files(place)
+        try:
+            if taken:
+                slurm.cancel(taken)
+        except SchedulerError as error:
+            raise SchedulerError(
+                f"{refused}; jobs {', '.join(taken)} were submitted before and could not be cancelled ({error}); "
+                "scancel them"
+            ) from refused
+        finally:
+            records.remove_files(place)
         raise
     return submitted
 

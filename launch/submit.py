@@ -72,6 +72,10 @@ def checked_config(arguments: Sequence[str]) -> Config:
     command = parse_command_line(list(arguments))
     if command.dry_run:
         raise ConfigError("--dry-run of fedsim.main cannot be submitted; before -- it shows the script")
+    if command.estimate is not None:
+        raise ConfigError(
+            "--estimate cannot be submitted; `python -m fedsim.main ... --estimate` answers at once"
+        )
     return command.config
 
 

@@ -61,7 +61,9 @@ class LocalOnly:
     ) -> Aggregated:
         """Nothing but the next round."""
         modules = [module for module, _ in factors]
-        initial = AdapterState({module: state.adapter[module] for module in modules})
+        initial = state.adapter  # as it is, which is then not sent anew
+        if len(modules) < len(initial):
+            initial = AdapterState({module: initial[module] for module in modules})
         return Aggregated(replace(state, round_index=state.round_index + 1, adapter=initial))
 
     def export(self, state: ServerState, client: Client | None = None) -> AdapterState:

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Group(Protocol):
-    """What fedsim asks of its processes. Each method is collective: every rank calls it, in the same order."""
+    """What fedsim asks of its processes.
+
+    A method is collective unless it says that it is not: every rank calls it, in the same order.
+    """
 
     @property
     def rank(self) -> int:
@@ -63,6 +66,17 @@ class Group(Protocol):
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Rank `source`'s tensor on every rank; others pass one of the same shape and dtype, which is overwritten."""
+        ...
+
+    def exchange(self, *, of_all: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Around an exchange that is made by other means than these methods. Not collective by itself.
+
+        Args:
+            of_all: every rank takes part in it, in the same order among the others; else some do.
+
+        Raises:
+            LostRankError: within the block the connection broke, or the time was over.
+        """
         ...
 
     def note(self, what: str) -> None:
@@ -113,6 +127,10 @@ class SoloGroup:
         """The tensor itself."""
         return tensor
 
+    def exchange(self, *, of_all: bool = True) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Nobody is missing."""
+        return contextlib.nullcontext()
+
     def note(self, what: str) -> None:
         """See `Group`."""
         self.place = what
@@ -156,21 +174,21 @@ class TorchGroup:
     def gather_objects(self, value: Any) -> list[Any]:
         """See `Group`."""
         values: list[Any] = [None] * self.world_size
-        with self._exchange():
+        with self.exchange():
             dist.all_gather_object(values, value)
         return values
 
     def broadcast_object(self, value: Any) -> Any:
         """See `Group`."""
         box = [value]
-        with self._exchange():
+        with self.exchange():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """See `Group`."""
         received = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        with self._exchange():
+        with self.exchange():
             dist.all_gather(received, tensor)
             self._settle()
         return received
@@ -181,11 +199,11 @@ class TorchGroup:
         if self.device.type == "cuda" and not self._has_gathered:
             torch.cuda.empty_cache()  # NCCL takes memory for the connections of a gather at the first one
         self._has_gathered = True
-        with self._exchange():
+        with self.exchange():
             work = dist.gather(tensor, received or None, dst=root, async_op=True)
 
         def finish() -> list[Tensor]:
-            with self._exchange():
+            with self.exchange():
                 work.wait()
                 self._settle()
             return received
@@ -194,7 +212,7 @@ class TorchGroup:
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """See `Group`."""
-        with self._exchange():
+        with self.exchange():
             dist.broadcast(tensor, src=source)
             self._settle()
         return tensor
@@ -226,16 +244,12 @@ class TorchGroup:
             torch.cuda.current_stream(self.device).synchronize()
 
     @contextlib.contextmanager
-    def _exchange(self) -> Iterator[None]:
-        """Around an exchange: says who is missing if it fails.
-
-        Raises:
-            LostRankError: the connection broke, or the time is over.
-        """
+    def exchange(self, *, of_all: bool = True) -> Iterator[None]:
+        """See `Group`: says who is missing if it fails."""
         if self._lost is not None:
             raise self._lost
         try:
-            with self._marks.exchange():
+            with self._marks.exchange(counts=of_all):
                 yield
         except RuntimeError as error:
             if not re.search(_BROKEN, str(error), re.IGNORECASE):

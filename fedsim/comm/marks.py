@@ -115,9 +115,9 @@ class Marks:
         return f"{self._what} ({self._part})" if self._part else self._what
 
     @contextlib.contextmanager
-    def exchange(self) -> Iterator[None]:
-        """Around an exchange with the other processes."""
-        self._exchanges += 1
+    def exchange(self, *, counts: bool = True) -> Iterator[None]:
+        """Around an exchange with the other processes; one of some of them does not count, or they would differ."""
+        self._exchanges += counts
         self._waiting_since_s = time.monotonic()
         try:
             yield

@@ -1,10 +1,9 @@
 """Rules that tie several keys together, checked before anything is loaded."""
 
-import math
 import re
 from collections.abc import Iterator
 
-from fedsim.config.clients_section import ClientsConfig, CohortConfig
+from fedsim.config.clients_section import ClientsConfig, CohortConfig, over_selected
 from fedsim.config.data_section import DataConfig, InstructionConfig, PartitionConfig
 from fedsim.config.evaluation_section import EvaluationConfig
 from fedsim.config.keys import all_keys, show
@@ -148,10 +147,8 @@ def _over_selection(cohort: CohortConfig, factor: float, num_clients: int) -> It
             f"cohort.fraction, cohort.sampling=fixed), got {show(factor)}"
         )
         return
-    wanted = (
-        cohort.size if cohort.size is not None else max(1, int((cohort.fraction or 0) * num_clients + 1e-9))
-    )
-    if math.ceil(wanted * factor - 1e-9) > num_clients:
+    wanted = int(cohort.clients_a_round(num_clients))
+    if over_selected(wanted, factor) > num_clients:
         yield (
             f"clients.over_selection times the cohort of {wanted} clients must be at most "
             f"data.partition.num_clients={num_clients}, got {show(factor)}"
@@ -441,8 +438,16 @@ def _scaffold(config: Config) -> Iterator[str]:
         yield f"training.max_grad_norm must be null {because}, got {show(config.training.max_grad_norm)}"
     if config.training.proximal_mu != 0:
         yield f"training.proximal_mu must be 0 {because}, got {show(config.training.proximal_mu)}"
-    if config.training.max_update_norm is not None and config.training.on_large_update == "clip":
-        yield f"training.on_large_update must be drop or fail {because}, got 'clip'"
+    if config.training.max_update_norm is not None and config.training.on_large_update != "fail":
+        yield (
+            f"training.on_large_update must be fail {because} and would no longer add up to the server's, got "
+            f"{show(config.training.on_large_update)}"
+        )
+    if config.clients.corruption.probability > 0:
+        yield (
+            f"clients.corruption.probability must be 0 {because} and would no longer add up to the server's, got "
+            f"{show(config.clients.corruption.probability)}"
+        )
     if optimizer.lr == 0:
         yield f"training.optimizer.lr must be > 0 {because}, got 0"
     if config.aggregation.client_weights != "uniform":

@@ -52,6 +52,11 @@ class CohortConfig(Node):
         return max(1, math.floor(self.fraction * num_clients + 1e-9))
 
 
+def over_selected(size: int, factor: float) -> int:
+    """Clients drawn where `size` are wanted and `clients.over_selection` is `factor`; rounded up."""
+    return math.ceil(size * factor - 1e-9)  # 1.1 times 10 is 11
+
+
 class OutageConfig(Node):
     """Clients that cannot be drawn in some rounds."""
 

@@ -17,7 +17,7 @@ from fedsim.errors import ConfigError, ModelError
 from fedsim.estimate.advice import Plan, advise
 from fedsim.estimate.devices import Device, find_gpu, recognise_gpu
 from fedsim.estimate.facts import Facts, Settings
-from fedsim.estimate.probe import build_probe, peak_process_bytes
+from fedsim.estimate.probe import build_probe
 from fedsim.estimate.report import Estimate
 from fedsim.estimate.trace import ModelCosts, rough_costs, trace_model
 from fedsim.estimate.workload import CountingScorer, Limits, Workload, sampled_rounds
@@ -31,10 +31,12 @@ from fedsim.models.packing import HAS_VARLEN
 from fedsim.models.quantized import Quantization, weight_bytes
 from fedsim.models.rows import MAX_ROW_VALUES
 from fedsim.models.stacked import DENSE_ROWS_AT_LEAST, DENSE_SHARE
-from fedsim.server.build import build_local_training, build_tests, sample_examples
+from fedsim.server.build import build_local_training
+from fedsim.server.build_tests import build_tests, sample_examples
 from fedsim.server.engine import MAX_TOKENS
 from fedsim.server.summary import RunSummary
 from fedsim.server.waiting import most_waiting_bytes
+from fedsim.training.memory import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,8 @@ def build_estimate(
         tuple(loads),
     )
     traffic = [facts.traffic(load) for load in loads]
-    memory = facts.memory(peak_process_bytes(), traffic)  # before a probe adds to the process
+    resident = peak_memory_bytes(torch.device("cpu"))  # before a probe adds to the process
+    memory = facts.memory(resident, traffic)
     slots, amounts = facts.slots(memory), facts.amounts(traffic)
     probed = build_probe(config, group, summary, workload, facts.flops) if probe else None
     times = facts.times(probed, traffic)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
 
 import torch
@@ -25,8 +24,9 @@ from fedsim.lora.updates import ClientReport, ClientUpdate
 from fedsim.models.base import build_base
 from fedsim.server.build import build_run
 from fedsim.server.checkpoint import save_checkpoint
-from fedsim.server.round import Run
+from fedsim.server.run import Run
 from fedsim.server.summary import RunSummary
+from fedsim.training.memory import peak_memory_bytes
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.reports import client_report
 
@@ -91,9 +91,7 @@ def build_probe(
         test = probe.test(fallback=train)
         answers_s = probe.answers()
     server_s, record_s = probe.server()
-    peak_bytes = (
-        torch.cuda.max_memory_allocated(group.device) if group.device.type == "cuda" else peak_process_bytes()
-    )
+    peak_bytes = peak_memory_bytes(group.device)
     mine = Probed(
         train,
         test,
@@ -113,11 +111,6 @@ def process_age_s() -> float:
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-def peak_process_bytes() -> int:
-    """Largest resident size of this process so far."""
-    return getrusage(RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _slowest(measured: Sequence[Probed]) -> Probed:

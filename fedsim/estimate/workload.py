@@ -19,7 +19,7 @@ from fedsim.evaluation.clients import ClientTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.lora.factors import AdapterState
 from fedsim.server.cohort import CohortPolicy, LocalBudget
-from fedsim.server.round import round_jobs
+from fedsim.server.selection import round_jobs
 from fedsim.server.tiers import Tiers
 from fedsim.server.turnout import Participation
 from fedsim.training.packs import ClientJob, Pack, pack_cohort

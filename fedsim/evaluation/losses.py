@@ -36,8 +36,8 @@ class LossSums:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean), infinite where that overflows."""
-        return math.exp(self.mean) if self.mean < 709 else math.inf
+        """See `perplexity`."""
+        return perplexity(self.mean)
 
     def class_means(self) -> list[float | None]:
         """Loss of each length class in nats per label token; None for a class without test examples."""
@@ -45,6 +45,11 @@ class LossSums:
             float(loss / tokens) if tokens else None
             for loss, tokens in zip(self.loss, self.tokens, strict=True)
         ]
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token, infinite where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def merge(parts: Sequence[LossSums]) -> LossSums:

@@ -11,7 +11,7 @@ n = number of answers.
 import math
 import string
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
 import numpy as np
@@ -37,7 +37,7 @@ class AnswerScores:
         exact_match: (n,) 1 where the answer equals a reference after `normalized`.
         without_tokens: (n,) bool, no reference has a token for Rouge-L (other scripts than Latin, bare punctuation),
             so that the score is 0 whatever the answer.
-        predictions: n texts.
+        predictions: n texts; none after `without_predictions`.
     """
 
     examples: NDArray[np.int64]
@@ -48,7 +48,11 @@ class AnswerScores:
     predictions: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.predictions)
+        return len(self.examples)
+
+    def without_predictions(self) -> "AnswerScores":
+        """The scores alone, to be sent to other processes."""
+        return replace(self, predictions=())
 
 
 @final
@@ -123,13 +127,14 @@ def merge_scores(parts: Mapping[int, AnswerScores]) -> AnswerScores:
     examples = np.concatenate([batch.examples for batch in batches])
     order = np.argsort(examples, kind="stable")
     predictions = [text for batch in batches for text in batch.predictions]
+    has_texts = len(predictions) == len(examples)
     return AnswerScores(
         examples=examples[order],
         rouge_l=np.concatenate([batch.rouge_l for batch in batches])[order],
         rouge_l_stemmed=np.concatenate([batch.rouge_l_stemmed for batch in batches])[order],
         exact_match=np.concatenate([batch.exact_match for batch in batches])[order],
         without_tokens=np.concatenate([batch.without_tokens for batch in batches])[order],
-        predictions=tuple(predictions[index] for index in order),
+        predictions=tuple(predictions[index] for index in order) if has_texts else (),
     )
 
 
@@ -169,19 +174,16 @@ def weighted_mean(means: Mapping[Group, float], weights: Mapping[Group, float]) 
     return math.fsum(weights[group] * score for group, score in means.items()) / total
 
 
-def answer_metrics(
-    scores: AnswerScores, clients: Sequence[Group], weights: Mapping[Group, float] | None, suffix: str = ""
-) -> dict[str, float]:
+def answer_metrics(scores: AnswerScores, clients: Sequence[Group], suffix: str = "") -> dict[str, float]:
     """What a round reports of answers.
 
-    `test/rougeL` counts each example the same, `..._by_client` each client (task), and `..._weighted` each client by
-    its weight. The means contain the zeros of answers that Rouge-L has no tokens for; over the others alone the mean
-    is test/rougeL * n / (n - test/num_without_rouge_tokens).
+    `test/rougeL` counts each example the same, `..._by_client` each client (task). The means contain the zeros of
+    answers that Rouge-L has no tokens for; over the others alone the mean is
+    test/rougeL * n / (n - test/num_without_rouge_tokens).
 
     Args:
         scores: at least one.
         clients: n, the client (task) of each answer.
-        weights: of the clients; None where they have none, such as unseen ones.
         suffix: appended to each key, `_tf` for teacher-forced guesses.
     """
     columns = {
@@ -194,7 +196,5 @@ def answer_metrics(
         by_client = group_means(values, clients)
         metrics[f"test/{name}{suffix}"] = mean(values)
         metrics[f"test/{name}{suffix}_by_client"] = math.fsum(by_client.values()) / len(by_client)
-        if weights is not None:
-            metrics[f"test/{name}{suffix}_weighted"] = weighted_mean(by_client, weights)
     metrics[f"test/num_without_rouge_tokens{suffix}"] = float(scores.without_tokens.sum())
     return metrics

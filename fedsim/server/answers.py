@@ -38,10 +38,11 @@ class AnswerEvaluation:
         mine = range(group.rank, len(self.test.batches), group.world_size)
         measured = {}
         with all_or_none(group, what):
-            measured = self.test.measure(adapter, mine)
+            scored = self.test.measure(adapter, mine)
+            measured = {index: scores.without_predictions() for index, scores in scored.items()}
         everywhere = group.gather_objects(measured)
         scores = merge_scores({index: part for share in everywhere for index, part in share.items()})
-        figures = answer_metrics(scores, [self.tasks[i] for i in scores.examples.tolist()], None, self.suffix)
+        figures = answer_metrics(scores, [self.tasks[i] for i in scores.examples.tolist()], self.suffix)
         for kind, names in (("task", self.tasks), ("category", self.categories)):
             if 0 < len(set(names)) <= MOST_NAMES and "" not in names:
                 means = group_means(scores.rouge_l, [names[i] for i in scores.examples.tolist()])

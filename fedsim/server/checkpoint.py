@@ -11,14 +11,15 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedsim.atomic import remove_folder, replace_folder
-from fedsim.errors import AdapterError, CheckpointError, RunFolderError
+from fedsim.errors import AdapterError, CheckpointError, RunFolderError, UnreadableError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import BestSoFar, ServerState
 
@@ -33,7 +34,8 @@ TENSORS_FILE = "state.safetensors"
 
 LARGEST_INTEGER = 2**63
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, AdapterError)
-"""What reading a file raises that is not what it was."""
+"""What reading a file raises that is not what it was; `reading` sets errors of a disk that does not answer apart."""
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class _NewerFormatError(CheckpointError):
@@ -107,7 +109,11 @@ def checkpoint_path(folder: Path, rounds: int) -> Path:
 
 
 def saved_best(path: Path) -> BestSoFar | None:
-    """The best state that a checkpoint knows of; None if it knows of none, or is damaged."""
+    """The best state that a checkpoint knows of; None if it knows of none, or is damaged.
+
+    Raises:
+        UnreadableError: it cannot be read now.
+    """
     try:
         return _best(_read_description(path))
     except (*DAMAGE, _NewerFormatError) as error:
@@ -134,11 +140,17 @@ def load_checkpoint(folder: Path, rounds: int) -> ServerState:
 def prune_checkpoints(folder: Path, keep_last: int) -> None:
     """Delete all checkpoints but the newest `keep_last`, and those of the best states that these know of.
 
+    Where one of the newest cannot be read now, all stay for this time.
+
     Raises:
         RunFolderError: one cannot be deleted.
     """
     checkpoints = list_checkpoints(folder)
-    best = {known.rounds for path in checkpoints[-keep_last:] if (known := saved_best(path)) is not None}
+    try:
+        best = {known.rounds for path in checkpoints[-keep_last:] if (known := saved_best(path)) is not None}
+    except UnreadableError as error:
+        logger.warning("no older checkpoint is deleted this time: %s", error)
+        return
     for path in checkpoints[:-keep_last]:
         if rounds_completed(path) not in best:
             remove_folder(path)
@@ -163,7 +175,7 @@ def load_newest_checkpoint(
     """The newest checkpoint that a run can go on from, on the CPU; None if there is none at all.
 
     A damaged one is reported, and the one before it is used; so is one after rounds that the record does not hold, and
-    one that `check` refuses.
+    one that `check` refuses. One that is there and cannot be read now is not passed over: it may be whole.
 
     Args:
         folder: of the checkpoints.
@@ -172,6 +184,7 @@ def load_newest_checkpoint(
 
     Raises:
         CheckpointError: there are checkpoints, but none is readable, or the newest whole one is of a later fedsim.
+        UnreadableError: a file of the newest one cannot be read now.
     """
     found = list_checkpoints(folder)
     problems = []
@@ -184,7 +197,7 @@ def load_newest_checkpoint(
                     f"{recorded_rounds} only"
                 )
             check(state)
-        except _NewerFormatError:
+        except (_NewerFormatError, UnreadableError):
             raise
         except (*DAMAGE, CheckpointError) as error:
             problems.append(f"{path.name}: {_one_line(error)}")
@@ -199,12 +212,18 @@ def load_newest_checkpoint(
     return None
 
 
-def kept_client_versions(folder: Path) -> list[dict[int, int]]:
-    """Client -> version of its own state, of each readable checkpoint below `folder`."""
+def kept_client_versions(folder: Path) -> list[dict[int, int]] | None:
+    """Client -> version of its own state, of each whole checkpoint below `folder`.
+
+    None where one cannot be read now: nobody knows what it needs, so nothing may be deleted.
+    """
     kept = []
     for path in list_checkpoints(folder):
         try:
             kept.append(_client_versions(_read_description(path)))
+        except UnreadableError as error:
+            logger.warning("no client's state is deleted this time: %s", error)
+            return None
         except (*DAMAGE, _NewerFormatError) as error:
             logger.warning("checkpoint %s is damaged (%s)", path, _one_line(error))
     return kept
@@ -265,7 +284,8 @@ def _load(path: Path) -> ServerState:
     from safetensors.torch import load
 
     description = _read_description(path)
-    data = (path / TENSORS_FILE).read_bytes()
+    with reading(path / TENSORS_FILE):
+        data = (path / TENSORS_FILE).read_bytes()
     if hashlib.sha256(data).hexdigest() != description["tensors_sha256"]:
         raise ValueError(f"{TENSORS_FILE} does not have its checksum")
     try:
@@ -294,7 +314,9 @@ def _load(path: Path) -> ServerState:
 
 def _read_description(path: Path) -> Mapping[str, Any]:
     """The content of `state.json`, which belongs to the folder `path` and is as it was written."""
-    description = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    with reading(path / STATE_FILE):
+        data = (path / STATE_FILE).read_bytes()
+    description = json.loads(data)
     if not isinstance(description, dict):
         raise ValueError(f"{STATE_FILE} holds no JSON object")
     version = description.get("format_version")
@@ -310,6 +332,24 @@ def _read_description(path: Path) -> Mapping[str, Any]:
     if description["round_index"] != rounds_completed(path):
         raise ValueError(f"it holds the state after {description['round_index']} rounds")
     return description
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the block a file is read of which something is concluded if it is damaged.
+
+    Raises:
+        UnreadableError: it is there and cannot be read, as over a network that is down.
+    """
+    try:
+        yield
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise UnreadableError(
+            f"{path} is there and cannot be read ({error.strerror or error}); start again when it can, or delete it "
+            "if it is lost"
+        ) from error
 
 
 def _digest(description: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from fedsim.comm.agree import all_or_none
 from fedsim.comm.group import Group
 from fedsim.errors import CheckpointError, RunFolderError
 from fedsim.lora.plan import NO_STATE, ClientState
+from fedsim.server.checkpoint import reading
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class ClientStore:
 
         Raises:
             CheckpointError: the file is missing or damaged.
+            UnreadableError: it cannot be read now.
         """
         if client_id not in versions:
             return NO_STATE
@@ -58,7 +60,8 @@ class ClientStore:
 
         path = self._path(client_id, versions[client_id])
         try:
-            data = path.read_bytes()
+            with reading(path):
+                data = path.read_bytes()
             state: ClientState = load(data)
             if _checksum_in(data) not in (None, _checksum(client_id, versions[client_id], state)):
                 raise ValueError("it does not have its checksum")
@@ -73,7 +76,7 @@ class ClientStore:
         """Read every client's state once, so that a damaged one shows before a run goes on and not at its end.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing, damaged, or cannot be read now.
         """
         for client_id in sorted(versions):
             self.load(client_id, versions)
@@ -100,7 +103,7 @@ class ClientStore:
         replace_file(path, save(tensors, metadata={CHECKSUM: checksum}))
 
     def supersede(self, client_ids: Iterable[int], versions: Mapping[int, int]) -> None:
-        """Remember that these clients' versions no longer count for the state that comes next."""
+        """Remember that these clients' versions no longer count for the state that comes next; for one process only."""
         self._superseded |= {(client, versions[client]) for client in client_ids if client in versions}
 
     def drop_superseded(self, kept: Iterable[Mapping[int, int]]) -> None:

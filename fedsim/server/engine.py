@@ -45,8 +45,10 @@ def build_engine(
     targets = find_targets(base.model, config.lora.target_modules)
     if base.sharding is not None:
         return _sharded(config, group, base, base.sharding, targets, store)
-    if choose_cpu_linear(config.model.cpu_linear, group.device, base.dtype, linear_shapes(base.model)):
-        report = prepack_frozen_linears(base.model, skip=list(targets) if changes_base else ())
+    skip = list(targets) if changes_base else []
+    shapes = linear_shapes(base.model, skip)
+    if choose_cpu_linear(config.model.cpu_linear, group.device, base.dtype, shapes):
+        report = prepack_frozen_linears(base.model, skip)
         logger.info(
             "model.cpu_linear: %d frozen linear modules packed for oneDNN, %.0f MiB more memory a process",
             report.num_modules,
@@ -63,6 +65,10 @@ def build_engine(
         logger.warning(
             "clients of a pack train one after another, not together: for %s, %s", base.name, problem
         )
+        if config.training.gradient_checkpointing:
+            logger.warning(
+                "training.gradient_checkpointing has no effect on clients that train one after another"
+            )
     adapted = AdaptedModel(base.model, targets, group.device)
     trainer = SequentialTrainer(
         adapted, store, base.pad_id, config.training.on_not_finite == "drop", process_rank=group.rank

@@ -3,6 +3,7 @@
 import math
 
 from fedsim.evaluation.fairness import fairness_metrics
+from fedsim.evaluation.losses import perplexity
 from fedsim.lora.updates import ClientReport
 from fedsim.server.round import RoundReport
 
@@ -17,7 +18,11 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
         pickled_payload_mib: what one client sends, as arXiv 2502.18910, Table 1, counts it; None where unknown.
     """
     clients = report.clients
-    train_s = max(report.train_seconds_by_rank)
+    busy_s = max(report.train_seconds_by_rank)
+    train_s = max(
+        busy - tests
+        for busy, tests in zip(report.train_seconds_by_rank, report.test_seconds_by_rank, strict=True)
+    )
     tokens = sum(client.trained_tokens for client in clients)
     metrics: Metrics = {
         "round_index": report.round_index,
@@ -37,7 +42,7 @@ def round_metrics(report: RoundReport, pickled_payload_mib: float | None) -> Met
         "packs/slot_occupancy": _mean([client.pack_occupancy for client in clients]),
         "packs/attention_padding": _mean([client.pack_padding for client in clients]),
         "ranks/idle_share": 1.0
-        - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * train_s),
+        - sum(report.train_seconds_by_rank) / (len(report.train_seconds_by_rank) * busy_s),
     }
     if report.peak_memory_bytes:
         metrics["ranks/peak_memory_mib"] = report.peak_memory_bytes / 2**20
@@ -89,7 +94,7 @@ def _test_metrics(report: RoundReport) -> Metrics:
     elif after:
         # without a global model its place is taken by the average client
         metrics["test/loss"] = math.fsum(after) / len(after)
-        metrics["test/perplexity"] = math.exp(min(709.0, math.fsum(after) / len(after)))
+        metrics["test/perplexity"] = perplexity(math.fsum(after) / len(after))
     return metrics
 
 

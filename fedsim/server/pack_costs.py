@@ -36,7 +36,7 @@ class PackCosts:
             lora_ranks: client_id -> largest LoRA rank of its adapter.
         """
         by_tokens = [float(pack.cost_tokens) for pack in packs]
-        if len(self._seconds) < _ENOUGH:
+        if not packs or len(self._seconds) < _ENOUGH:
             return by_tokens
         features = np.stack([_features(pack.jobs, lora_ranks) for pack in packs])
         seconds = features @ self._rates()

@@ -1,7 +1,8 @@
 """What a run is about to do, for people."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -9,15 +10,35 @@ from fedsim.aggregation.strategy import Strategy
 from fedsim.data.build import FederatedData
 from fedsim.lora.factors import AdapterState
 from fedsim.lora.payload import MIB, pickled_payload_mib
+from fedsim.lora.plan import Client
+from fedsim.lora.state import ServerState
+from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.server.cohort import CohortPolicy
 from fedsim.server.tiers import Tiers
 from fedsim.server.turnout import Participation
+from fedsim.training.reports import num_trained_parameters
 
 MOST_TIERS = 8
 """Resource tiers that are listed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
+class FirstRound:
+    """What clients of one kind do in the first round; see `ClientPlan`.
+
+    Attributes:
+        num_clients: of this kind.
+        trained_parameters: values that one trains.
+        received_bytes, sent_bytes: of one.
+    """
+
+    num_clients: int
+    trained_parameters: int
+    received_bytes: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """The figures of a run that are known before it starts.
 
@@ -51,7 +72,7 @@ class RunSummary:
             ("classes", self._classes()),
             *([("answers", self._answers())] if self.data.train.answers is not None else []),
             ("strategy", self._strategy()),
-            ("cohort", f"{self._size()} of {self.cohort.num_clients} clients a round"),
+            ("cohort", self._cohort()),
             ("traffic", self._traffic()),
         ]
         if self.participation is not None:
@@ -62,12 +83,37 @@ class RunSummary:
         total = self.base_parameters + self.adapter.num_parameters
         return f"{self.base_name}, {self.base_parameters:,} parameters, {total:,} with the adapter"
 
+    @cached_property
+    def first_round(self) -> tuple[FirstRound, ...]:
+        """By resource tier, what the strategy has clients do in the first round: the plan of one of each."""
+        state = ServerState(0, self.adapter)
+        sides = self.strategy.sends(state)
+        if self.strategy.traits.trains_pool:
+            one_of_each = {POOLED_CLIENT: 1}
+        else:
+            _, first, counts = np.unique(self.tiers.tier_of, return_index=True, return_counts=True)
+            one_of_each = dict(zip(first.tolist(), counts.tolist(), strict=True))
+        found = []
+        for client_id, count in one_of_each.items():
+            lora_ranks = self.tiers.lora_ranks(client_id, 0)
+            received = self.strategy.download(state, lora_ranks)
+            plan = self.strategy.plan(state, Client(client_id, lora_ranks), received)
+            found.append(
+                FirstRound(count, num_trained_parameters(plan), plan.received_bytes, plan.sent_bytes(sides))
+            )
+        return tuple(found)
+
     def _trainable(self) -> str:
         total = self.base_parameters + self.adapter.num_parameters
         ranks = sorted({factors.rank for factors in self.adapter.values()})
+        shown = f"LoRA rank {', '.join(map(str, ranks))}"
+        trained = [kind.trained_parameters for kind in self.first_round]
+        if set(trained) == {self.adapter.num_parameters}:
+            share = f"{self.adapter.num_parameters / total:.4%}"
+            return f"{shown}, {self.adapter.num_parameters:,} trainable parameters ({share})"
         return (
-            f"LoRA rank {', '.join(map(str, ranks))}, {self.adapter.num_parameters:,} trainable parameters "
-            f"({self.adapter.num_parameters / total:.4%})"
+            f"{shown}, {self.adapter.num_parameters:,} parameters; in the first round a client trains "
+            f"{_span(trained)} (at most {max(trained) / total:.4%})"
         )
 
     def _strategy(self) -> str:
@@ -95,8 +141,10 @@ class RunSummary:
             parts.append("simulated clock on")
         return ", ".join(parts)
 
-    def _size(self) -> str:
-        return f"{self.cohort.size}" if self.cohort.probability is None else f"about {self.cohort.size}"
+    def _cohort(self) -> str:
+        size = f"{self.cohort.size}" if self.cohort.probability is None else f"about {self.cohort.size}"
+        pooled = "; their data is that of one virtual client" if self.strategy.traits.trains_pool else ""
+        return f"{size} of {self.cohort.num_clients} clients a round{pooled}"
 
     def _partition(self) -> str:
         sizes = self.data.partition.sizes
@@ -135,17 +183,26 @@ class RunSummary:
         )
 
     def _traffic(self) -> str:
-        one_way = self.adapter.num_bytes
-        if self.tiers.are_mixed:
-            smallest = min(self._tier_bytes(ranks) for ranks in self.tiers.ranks)
-            return f"{smallest:,} to {one_way:,} bytes for the whole adapter of a client, by its tier"
+        """Of the first round; with tiers what clients send varies with who is drawn."""
+        kinds = self.first_round
+        received = [kind.received_bytes for kind in kinds]
+        sent = [kind.sent_bytes for kind in kinds]
+        size = 1 if self.strategy.traits.trains_pool else self.cohort.size
+        clients = sum(kind.num_clients for kind in kinds)
+        whole = sum(kind.num_clients * (kind.received_bytes + kind.sent_bytes) for kind in kinds)
+        about = "about " if len(kinds) > 1 or self.cohort.probability is not None else ""
+        a_round = f"{about}{round(size * whole / clients):,} bytes a round, both directions"
+        if set(received) | set(sent) == {self.adapter.num_bytes}:
+            one_way = self.adapter.num_bytes
+            return (
+                f"{one_way:,} bytes a client and direction ({one_way / MIB:.3f} MiB; "
+                f"{pickled_payload_mib(self.adapter):.2f} MiB pickled), {a_round}"
+            )
         return (
-            f"{one_way:,} bytes a client and direction ({one_way / MIB:.3f} MiB; "
-            f"{pickled_payload_mib(self.adapter):.2f} MiB pickled), "
-            f"{2 * one_way * self.cohort.size:,} bytes a round, both directions"
+            f"in the first round a client receives {_span(received)} and sends {_span(sent)} bytes, {a_round}"
         )
 
-    def _tier_bytes(self, ranks: Mapping[str, int]) -> int:
-        return sum(
-            factors.num_bytes // factors.rank * ranks[module] for module, factors in self.adapter.items()
-        )
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,6 +1,7 @@
 """A log file for each process: what only rank 0 shows on the console, of every rank, with what it was doing."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,10 @@ def rank_log(run_folder: Path, rank: int, place: Callable[[], str]) -> Iterator[
         logger.warning("no log file: %s cannot be written (%s)", folder, error.strerror or error)
         yield
         return
-    handler.setFormatter(logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s [%(place)s] %(message)s"))
+    formatter = logging.Formatter("%(asctime)s rank %(rank)d %(levelname)s [%(place)s] %(message)s")
+    formatter.converter = time.gmtime  # as in run.json
+    formatter.default_msec_format = "%s.%03dZ"
+    handler.setFormatter(formatter)
     handler.addFilter(lambda record: _add_place(record, rank, place()))
     root = logging.getLogger("fedsim")
     root.addHandler(handler)

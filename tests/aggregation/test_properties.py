@@ -14,21 +14,23 @@ import pytest
 
 from fedsim.aggregation.build import build_strategy
 from fedsim.aggregation.strategy import Strategy
+from fedsim.config.loader import load_config
 from fedsim.config.strategy_section import STRATEGY_NAMES
-from fedsim.errors import FedsimError
+from fedsim.errors import ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule
 from fedsim.lora.lowrank import combine
 from fedsim.lora.plan import BOTH, NEITHER, Client, ClientState
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import POOLED_CLIENT
+from fedsim.server.build_clients import build_tiers
+from fedsim.server.build_strategy import build_federated_strategy
 from fedsim.server.checkpoint import load_newest_checkpoint, save_checkpoint
 from tests.cohorts import (
     TARGETS,
     Training,
     learns_noise,
     make_federation,
-    nothing_learned,
     one_round,
     products,
     random_adapter,
@@ -412,25 +414,25 @@ def test_the_matrix_can_tell_a_wrong_strategy(monkeypatch):
     assert honours_scaling("fedavg") == "no"
 
 
-def test_mixed_ranks_are_refused_where_they_cannot_be_combined():
-    for name in STRATEGY_NAMES:
-        strategy = make(name)
-        if strategy.traits.mixed_ranks or strategy.traits.trains_pool:
-            continue
-        mixed = {0: dict.fromkeys(TARGETS, 1), 1: dict.fromkeys(TARGETS, 3)}
-        state = ServerState(0, random_adapter(5, LARGEST))
-
-        def cut(client: int, received: AdapterState) -> AdapterState:
-            return AdapterState(
-                {
-                    m: LoraFactors(f.A[: client + 1], f.B[:, : client + 1], f.scaling)
-                    for m, f in received.items()
-                }
-            )
-
-        with pytest.raises((FedsimError, RuntimeError)):
-            one_round(strategy, state, mixed, cut)
-    assert nothing_learned(0, state.adapter) is state.adapter
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_mixed_ranks_are_refused_where_they_cannot_be_combined(name):
+    wanted = ["lora.tiers=[{share: 0.5, rank: 1}, {share: 0.5, rank: 3}]", f"strategy.name={name}"]
+    if name == "scaffold":
+        wanted += [
+            "training.optimizer.name=sgd",
+            "training.max_grad_norm=null",
+            "aggregation.client_weights=uniform",
+        ]
+    config = load_config(None, wanted)
+    tiers = build_tiers(config, TARGETS, 20)
+    alike = load_config(None, wanted[1:])
+    if build_federated_strategy(alike, TARGETS, build_tiers(alike, TARGETS, 20), 20).traits.mixed_ranks:
+        assert build_federated_strategy(config, TARGETS, tiers, 20).name == name
+        return
+    with pytest.raises(
+        ConfigError, match=f"lora.tiers must give all clients the same LoRA ranks with .*{name}"
+    ):
+        build_federated_strategy(config, TARGETS, tiers, 20)
 
 
 @pytest.mark.gpu

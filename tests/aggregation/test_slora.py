@@ -20,7 +20,8 @@ from fedsim.lora.plan import BOTH, ONLY_A, ONLY_B, Client, absent
 from fedsim.lora.state import ServerState
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.targets import find_targets
-from fedsim.server.build import build_federated_strategy, build_tiers
+from fedsim.server.build_clients import build_tiers
+from fedsim.server.build_strategy import build_federated_strategy
 from fedsim.training.packs import ClientJob, Pack
 from fedsim.training.sequential import SequentialTrainer
 from fedsim.training.settings import LocalSettings, OptimizerSettings

@@ -242,14 +242,22 @@ REFUSED = [
     ([*SCAFFOLD, "training.proximal_mu=0.1"], "training.proximal_mu must be 0 with strategy.name=scaffold"),
     (
         [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=clip"],
-        "training.on_large_update must be drop or fail with strategy.name=scaffold",
+        "training.on_large_update must be fail with strategy.name=scaffold",
+    ),
+    (
+        [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=drop"],
+        "training.on_large_update must be fail with strategy.name=scaffold",
+    ),
+    (
+        [*SCAFFOLD, "clients.corruption.probability=0.1"],
+        "clients.corruption.probability must be 0 with strategy.name=scaffold",
     ),
 ]
 
 ACCEPTED = [
     [],
     SCAFFOLD,
-    [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=drop"],
+    [*SCAFFOLD, "training.max_update_norm=1.0"],
     ["cohort.size=20"],
     ["cohort.client_ids=[19,0]"],
     ["cohort.size=null", "cohort.fraction=0.01"],

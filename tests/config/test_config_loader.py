@@ -255,6 +255,14 @@ def test_the_room_is_quick_to_import() -> None:
 
 BAD_OVERRIDES = [
     # unknown keys
+    (
+        "lora.tiers=[{rank: 1}, {rnk: 2, rank: 1}]",
+        "unknown key lora.tiers[1].rnk; an item of lora.tiers has share, rank",
+    ),
+    (
+        "lora.tiers=[{rank: 1, module_ranks: {q_proj: x}}]",
+        "lora.tiers[0].module_ranks.q_proj must be an integer > 0, got 'x'",
+    ),
     ("lora.lora_rnak=3", "unknown key lora.lora_rnak; did you mean 'lora.rank'?"),
     ("training.lr=1", "unknown key training.lr; did you mean 'training.optimizer.lr'?"),
     ("lr=1", "unknown key lr; did you mean 'training.optimizer.lr'?"),

@@ -161,9 +161,13 @@ def test_a_stop_in_the_last_round_is_the_end(program: Any, monkeypatch: pytest.M
             (program.run_folder / "stop").touch()
         return result
 
-    monkeypatch.setattr(simulation, "run_round", train_and_get_a_signal)
-    assert program.run() == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(simulation, "run_round", train_and_get_a_signal)
+        assert program.run() == 0
     assert run_record(program.run_folder)["status"] == "finished"
+    assert not (program.run_folder / "stop").exists(), "else the run could not be extended"
+    assert program.run("run.rounds=4") == 0
+    assert len(read_metrics(program.run_folder)) == 4
 
 
 def test_torchrun_does_not_restart_what_was_asked_to_stop(

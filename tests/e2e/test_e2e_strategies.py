@@ -15,6 +15,7 @@ from fedsim.lora.peft_format import load_peft_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 TIERS = "lora.tiers=[{share: 0.5, rank: 1}, {share: 0.5, rank: 3, module_ranks: {v_proj: 5}}]"
+PHASES = "lora.rank_schedule=[{from_round: 1, scale: 0.5}]"
 LEARNING = ("training.optimizer.lr=0.05", "lora.dropout=0.1")
 
 
@@ -158,6 +159,15 @@ def test_the_example_of_the_docs_runs_and_is_what_the_docs_print(program, monkey
         (["strategy.options=[a=1]"], r"strategy\.options must stay at its default"),
         (["strategy.florist.energy=0.5"], r"strategy\.florist\.energy must stay at its default"),
         (["aggregation.svd_device=cuda", "run.device=cpu"], r"aggregation\.svd_device must be cpu"),
+        (
+            ["aggregation.svd_device=cuda", "run.device=auto"],
+            r"aggregation\.svd_device must be cpu where the run",
+        ),
+        ([PHASES], r"lora\.rank_schedule must be empty with strategy\.name=fedavg"),
+        (
+            ["strategy.name=centralized", PHASES],
+            r"lora\.rank_schedule must be empty .* one adapter of the largest",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_trained(program, capsys, monkeypatch, extra, message):

@@ -226,7 +226,7 @@ def test_any_share_of_the_batches_gives_the_same_scores():
         assert joined.predictions == whole.predictions
         assert joined.examples.tolist() == list(range(len(asked)))
         clients = [example % 3 for example in range(len(asked))]
-        assert answer_metrics(joined, clients, None) == answer_metrics(whole, clients, None)
+        assert answer_metrics(joined, clients) == answer_metrics(whole, clients)
     one_by_one = flat(generator.answers(adapter, [[prompt] for prompt in asked.prompts], 6))
     generated = merge_scores(tests[0].measure(adapter))
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in one_by_one]

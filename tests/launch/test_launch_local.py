@@ -32,7 +32,7 @@ CASES = [
     ("a cohort smaller than the machine", GPUS, ["cohort.size=2"], None),
     ("a fraction of the clients", Machine(0, 64), ["cohort.fraction=0.25"], None),
     ("a fraction that is rounded down", Machine(0, 64), ["cohort.fraction=0.18"], None),
-    ("clients drawn independently", Machine(0, 64), ["cohort.fraction=0.18", "cohort.sampling=poisson"], None),
+    ("any number of clients", Machine(0, 64), ["cohort.fraction=0.18", "cohort.sampling=poisson"], None),
     ("a fixed cohort in packs", Machine(0, 64), ["cohort.client_ids=[1,2,5]", "training.pack.num_packs=2"], None),
     ("centralized: one virtual client", GPUS, ["strategy.name=centralized"], None),
     ("words that a shell would read", CPU, ["lora.target_modules=[fc1, fc2]", "data.source=./my data/$x.jsonl"], None),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from filelock import FileLock
 
 from fedsim.config.loader import load_config, to_yaml
-from fedsim.errors import RunFolderError
+from fedsim.errors import RunFolderError, SchedulerError
 from fedsim.tracking.run_folder import check_new_folder
 from launch import records, slurm
 from launch.__main__ import main
@@ -138,6 +139,23 @@ def test_where_slurm_refuses_a_job_nothing_is_left(
     assert not (cluster.runs / "mine").exists()
 
 
+def test_where_neither_works_the_jobs_that_stay_are_named(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAST_JOB", "102")
+
+    def refuse(jobs: Sequence[str]) -> None:
+        raise SchedulerError("scancel: error: Unable to contact slurm controller")
+
+    monkeypatch.setattr(slurm, "cancel", refuse)
+
+    assert main(["submit", *arguments(cluster), "--chain", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "QOSMaxSubmitJobPerUserLimit" in told
+    assert "jobs 101, 102 were submitted before and could not be cancelled (scancel: error" in told
+    assert not (cluster.runs / "mine").exists()
+
+
 def test_a_job_inherits_nothing_of_a_job_that_submits_it(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +213,7 @@ def test_test_asks_slurm_and_writes_nothing(
         (["no-such-file.yaml"], "configuration file 'no-such-file.yaml' does not exist"),
         (["--", "--dry-run"], "--dry-run of fedsim.main cannot be submitted"),
         (["--", "--no-such"], "unknown option '--no-such'"),
+        (["--", "--estimate"], "--estimate cannot be submitted"),
         (["--profile", "nowhere"], "ConfigError: unknown profile 'nowhere': no nowhere.yaml in "),
         (["--profile", "./no/where.yaml"], "there is no file ./no/where.yaml"),
         (["--dry-run", "--test"], "--dry-run and --test must not be given together"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedsim.comm.group import SoloGroup
 from fedsim.comm.sharding import ShardingGroup
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.memory_limit import check_memory
@@ -218,5 +219,7 @@ def test_a_base_over_the_cap_is_refused_whole_and_runs_sharded(inputs: Path, lar
 
 def test_groups_must_divide_the_processes() -> None:
     for world_size, size in ((1, None), (3, 2), (4, 3)):
+        group = SoloGroup()
+        group.world_size = world_size
         with pytest.raises(ConfigError, match=r"multiple of model\.sharding_group_size"):
-            ShardingGroup(0, world_size, torch.device("cpu"), size, False)
+            ShardingGroup(group, size, False)

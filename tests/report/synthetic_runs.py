@@ -184,6 +184,7 @@ def make_report(round_index, num_clients, cohort, seed, better_by, evaluate, cli
             "round_s": train_s + 1.0,
         },
         train_seconds_by_rank=(train_s, train_s),
+        test_seconds_by_rank=(0.0, 0.0),
         figures={
             "spectrum/energy_beyond_smallest_rank": 0.1 / (round_index + 1),
             "spectrum/effective_rank": 1.5,

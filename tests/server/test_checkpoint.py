@@ -1,13 +1,15 @@
 """Checkpoints: exact, whole, and honest about damage."""
 
+import errno
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fedsim.errors import CheckpointError
+from fedsim.errors import CheckpointError, UnreadableError, is_user_error
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import BestSoFar, ServerState
 from fedsim.server.checkpoint import (
@@ -271,3 +273,31 @@ def test_a_state_that_cannot_be_gone_on_from_is_passed_over(tmp_path, caplog):
     assert loaded is not None
     assert loaded.round_index == 1
     assert "round_000002 cannot be used (client 3 has lost its state)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(name, tmp_path, monkeypatch, caplog):
+    """A disk that does not answer says nothing of the checkpoint: nothing is passed over, and nothing deleted."""
+    for index in (1, 2, 3):
+        save_checkpoint(with_best(index, 1), tmp_path, keep_last=5)
+    read = Path.read_bytes
+
+    def stale(path: Path) -> bytes:
+        if path == tmp_path / "round_000003" / name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", stale)
+        with pytest.raises(
+            UnreadableError, match=f"{name} is there and cannot be read .Stale file handle"
+        ) as error:
+            load_newest_checkpoint(tmp_path)
+        assert not is_user_error(error.value), "the job is to be tried again"
+        if name == "state.json":
+            assert kept_client_versions(tmp_path) is None
+            prune_checkpoints(tmp_path, keep_last=1)
+            assert "no older checkpoint is deleted this time" in caplog.text
+    assert len(list_checkpoints(tmp_path)) == 3
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert [rounds_completed(path) for path in list_checkpoints(tmp_path)] == [1, 3]

@@ -1,11 +1,14 @@
 """What belongs to single clients: versions on disk, whatever the number of processes."""
 
+import errno
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save
 
 from fedsim.comm.group import Group, SoloGroup
-from fedsim.errors import CheckpointError, PeerError, RunFolderError
+from fedsim.errors import CheckpointError, PeerError, RunFolderError, UnreadableError
 from fedsim.server.client_store import ClientStore
 from tests.helpers import run_ranks
 
@@ -145,3 +148,15 @@ def test_processes_must_share_the_folder(tmp_path):
     for message in run_ranks(check_apart, 2, tmp_path, tmp_path):
         assert "run.output_dir must be on a file system that all processes share" in message
     check_together(SoloGroup(), tmp_path)
+
+
+def test_a_state_that_cannot_be_read_now_is_not_damaged(tmp_path, monkeypatch):
+    store = ClientStore(tmp_path / "clients")
+    store.save(3, 0, tensors(1.0))
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(UnreadableError, match="is there and cannot be read"):
+        store.load(3, {3: 0})

@@ -8,7 +8,8 @@ from hypothesis import given
 from fedsim.config.loader import load_config
 from fedsim.data.batches import local_batches
 from fedsim.errors import ConfigError
-from fedsim.server.build import build_cohort_policy, sample_examples
+from fedsim.server.build_clients import build_cohort_policy
+from fedsim.server.build_tests import sample_examples
 from fedsim.server.cohort import CohortPolicy, LocalBudget, client_jobs, pooled_job, sample_cohort
 from fedsim.training.packs import pack_cohort
 from fedsim.training.settings import LocalSettings, OptimizerSettings

@@ -14,7 +14,7 @@ from fedsim.config.loader import load_config
 from fedsim.errors import CheckpointError, ConfigError, PeerError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import BestSoFar, ServerState
-from fedsim.server.build import build_stopping_rule
+from fedsim.server.build_tests import build_stopping_rule
 from fedsim.server.checkpoint import (
     list_checkpoints,
     load_checkpoint,

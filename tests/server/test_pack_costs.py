@@ -67,6 +67,14 @@ def test_tokens_decide_until_enough_is_known_and_then_what_was_measured() -> Non
     np.testing.assert_allclose(costs.expected(later, other), totals(later, other), rtol=1e-6)
 
 
+def test_a_round_without_packs_costs_nothing() -> None:
+    """As when all clients are away, also once costs are known."""
+    costs = PackCosts()
+    packs = make_packs(1)
+    costs.learn(packs, reports_of(packs, ranks_of(packs, 1)))
+    assert costs.expected((), {}) == []
+
+
 def test_places_better_than_tokens_do() -> None:
     costs = PackCosts()
     first = make_packs(3)

@@ -26,7 +26,8 @@ from fedsim.server.aggregation import Aggregator
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
 from fedsim.server.metrics import client_rows, round_metrics
-from fedsim.server.round import Run, measure_global, run_round
+from fedsim.server.round import measure_global, run_round
+from fedsim.server.run import Run
 from fedsim.server.tiers import Tiers
 from fedsim.training.packed import PackedTrainer
 from fedsim.training.sequential import SequentialTrainer
@@ -206,6 +207,9 @@ def test_a_round_lowers_the_training_loss_and_reports_itself():
     )
     assert metrics["fairness/test_loss_variance"] > 0.0
     assert {"time/round_s", "time/train_s", "time/gather_s", "time/aggregate_s"} <= set(metrics)
+    assert 0 < metrics["time/client_tests_s"] < metrics["time/train_s"]
+    training_s = metrics["time/train_s"] - metrics["time/client_tests_s"]
+    assert metrics["train/tokens_per_s"] == pytest.approx(metrics["train/tokens"] / training_s)
     assert metrics["ranks/peak_memory_mib"] > 1
 
 

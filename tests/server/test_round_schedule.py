@@ -10,7 +10,8 @@ from fedsim.config.loader import load_config
 from fedsim.errors import ConfigError
 from fedsim.lora.state import ServerState
 from fedsim.server.metrics import round_metrics
-from fedsim.server.round import Run, run_round
+from fedsim.server.round import run_round
+from fedsim.server.run import Run
 from fedsim.training.settings import OptimizerSettings, at_round
 from tests.server.test_round import bits_of, make_run, start_state
 

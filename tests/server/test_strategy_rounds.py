@@ -12,8 +12,10 @@ from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.config.strategy_section import STRATEGY_NAMES
 from fedsim.lora.lowrank import combine
+from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.server.checkpoint import load_newest_checkpoint, save_checkpoint
 from fedsim.server.round import run_round
+from fedsim.server.summary import RunSummary
 from fedsim.server.tiers import Tiers, with_phases
 from tests.helpers import run_ranks
 from tests.server.test_round import bits_of, make_run, start_state, three_rounds
@@ -205,3 +207,26 @@ def test_clients_follow_a_schedule_of_ranks(name, tmp_path):
     assert seen[2] == [1, 2, 1, 2, 1]
     if name != "slora":  # its first rounds have no ranks
         assert seen[:2] == [[2, 4, 2, 4, 2], [1, 2, 1, 2, 1]]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "slora, then hetlora"])
+def test_a_dry_run_says_what_clients_do_in_the_first_round(case, tmp_path):
+    """All but the case whose clients differ within a tier."""
+    options = dict(CASES[case])
+    strategy, ranks = options.pop("strategy", case), options.pop("ranks", (2,))
+    run = make_run(SoloGroup(), strategy, 5, 2, True, tmp_path / "clients", ranks, **options)
+    state = start_state(ranks)
+    summary = RunSummary("made up", 1000, state.adapter, run.data, run.cohort, run.tiers, run.strategy)
+    _, report = run_round(state, run)
+    assert report.clients
+    for client in report.clients:
+        tier = 0 if client.client_id == POOLED_CLIENT else client.client_id % len(ranks)
+        told = summary.first_round[tier]
+        assert (told.trained_parameters, told.received_bytes, told.sent_bytes) == (
+            client.trained_parameters,
+            client.downlink_bytes,
+            client.uplink_bytes,
+        )
+    texts = "\n".join(summary.lines())
+    if summary.first_round[0].sent_bytes != state.adapter.num_bytes:
+        assert "in the first round a client receives" in texts

@@ -20,7 +20,7 @@ from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.main import main
 from fedsim.models.architecture import empty_model
 from fedsim.models.targets import find_targets
-from fedsim.server.build import build_tiers
+from fedsim.server.build_clients import build_tiers
 from fedsim.server.flexlora_tiers import DISTRIBUTIONS, TYPES
 from fedsim.server.tiers import Tier, Tiers, distributed_types, draw_tiers, module_ranks, tiers_by_size
 from tests.helpers import random_texts, tiny_opt, word_tokenizer

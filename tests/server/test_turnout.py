@@ -10,7 +10,8 @@ from hypothesis import given
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.server.cohort import CohortPolicy, sample_cohort
 from fedsim.server.metrics import client_rows, round_metrics
-from fedsim.server.round import round_jobs, run_round
+from fedsim.server.round import run_round
+from fedsim.server.selection import round_jobs
 from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from tests.helpers import run_ranks
 from tests.server.test_round import NUM_CLIENTS, bits_of, make_run, start_state

@@ -13,7 +13,8 @@ from fedsim.comm.group import SoloGroup
 from fedsim.evaluation.clients import NoTest
 from fedsim.lora.factors import AdapterState
 from fedsim.models.rows import RankRows
-from fedsim.server.round import Run, run_round
+from fedsim.server.round import run_round
+from fedsim.server.run import Run
 from fedsim.server.waiting import AUTO_SHARE, most_waiting_bytes
 from tests.server.test_round import bits_of, make_run, start_state
 

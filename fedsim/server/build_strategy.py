@@ -1,0 +1,148 @@
+"""From a configuration to the federated method, and whether the rest of the configuration goes with it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedsim.aggregation.build import build_strategy
+from fedsim.aggregation.privacy import PrivacyAccountant
+from fedsim.aggregation.private import PrivacySettings
+from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
+from fedsim.aggregation.strategy import Federation, Strategy
+from fedsim.config.schema import Config
+from fedsim.config.strategy_section import StrategyConfig
+from fedsim.config.yaml_text import read_yaml
+from fedsim.errors import ConfigError
+from fedsim.lora.initial import ScalingRule
+from fedsim.server.cohort import CohortPolicy
+from fedsim.server.tiers import (
+    Tiers,
+)
+
+
+def build_federated_strategy(
+    config: Config, targets: Mapping[str, tuple[int, int]], tiers: Tiers, num_clients: int
+) -> Strategy:
+    """The strategy, with a server optimizer and differential privacy around it where they are asked for.
+
+    Raises:
+        ConfigError: the strategy does not exist, or does not go with the rest of the configuration.
+    """
+    chosen, aggregation = config.strategy, config.aggregation
+    federation = Federation(
+        num_clients=num_clients,
+        cohort_size=config.cohort.clients_a_round(num_clients),
+        weighting=aggregation.client_weights,
+        scaling=ScalingRule(config.lora.lora_alpha, config.lora.use_rslora),
+        targets=dict(targets),
+        max_ranks=tiers.max_ranks,
+        seed=config.run.seed,
+    )
+    arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist")}
+    arguments["slora"] = _slora_arguments(chosen, tiers)
+    optimizer = aggregation.server_optimizer
+    strategy = build_strategy(
+        chosen.name,
+        federation,
+        arguments.get(chosen.name, {}),
+        options=_options(chosen.options),
+        server_optimizer=None
+        if optimizer.name == "none"
+        else ServerOptimizerSettings.published(
+            optimizer.name, optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.tau
+        ),
+        privacy=None
+        if aggregation.privacy.clip_norm is None
+        else PrivacySettings(aggregation.privacy.clip_norm, aggregation.privacy.noise_multiplier),
+    )
+    _check_traits(config, strategy, tiers)
+    return strategy
+
+
+def build_accountant(config: Config, cohort: CohortPolicy) -> PrivacyAccountant | None:
+    """What counts the privacy that rounds spend; None without differential privacy."""
+    privacy = config.aggregation.privacy
+    if privacy.clip_norm is None:
+        return None
+    assert cohort.probability is not None, "checked with the configuration"
+    return PrivacyAccountant(cohort.probability, privacy.noise_multiplier, privacy.delta)
+
+
+def _slora_arguments(chosen: StrategyConfig, tiers: Tiers) -> dict[str, Any]:
+    """Arguments of SLoRA: densities by client, and the arguments of its second stage."""
+    slora = chosen.slora
+    by_tier = slora.tier_densities
+    if tiers.names and tiers.names[0].startswith("type "):  # types without a share have no tier
+        by_tier = (
+            tuple(by_tier[int(name.removeprefix("type ")) - 1] for name in tiers.names) if by_tier else ()
+        )
+    return {
+        "rounds": slora.rounds,
+        "density": slora.density,
+        "client_densities": tuple(by_tier[tier] for tier in tiers.tier_of.tolist()) if by_tier else (),
+        "then": slora.then,
+        "then_arguments": chosen.hetlora.model_dump() if slora.then == "hetlora" else {},
+    }
+
+
+def _options(options: Sequence[str]) -> dict[str, Any]:
+    pairs = (option.partition("=") for option in options)
+    return {name: read_yaml(value, f"strategy.options: {name}") for name, _, value in pairs}
+
+
+def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
+    traits = strategy.traits
+    if tiers.are_mixed and not traits.mixed_ranks:
+        key = "lora.tiers" if config.lora.distribution is None else "lora.distribution"
+        if tiers.phases and len(tiers.ranks) == 1:
+            raise ConfigError(
+                f"lora.rank_schedule must be empty with strategy.name={strategy.name}, which keeps the LoRA ranks, got "
+                f"{len(tiers.phases)} phases; use a strategy for mixed ranks, such as flexlora"
+            )
+        raise ConfigError(
+            f"{key} must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
+            f"{len(tiers.ranks)} tiers; use a strategy for mixed ranks, such as flexlora"
+        )
+    if tiers.phases and traits.keeps_client_state and not traits.has_global_model:
+        raise ConfigError(
+            f"lora.rank_schedule must be empty with strategy.name={strategy.name}, whose clients keep their adapters, "
+            f"got {len(tiers.phases)} phases"
+        )
+    if tiers.phases and traits.trains_pool:
+        raise ConfigError(
+            f"lora.rank_schedule must be empty with strategy.name={strategy.name}, which trains one adapter of the "
+            f"largest ranks, got {len(tiers.phases)} phases"
+        )
+    if not traits.has_global_model and config.evaluation.answers.metric != "off":
+        raise ConfigError(
+            f"evaluation.answers.metric must be off with strategy.name={strategy.name}, which has no global model to "
+            f"answer, got '{config.evaluation.answers.metric}'"
+        )
+    if not traits.has_global_model and config.evaluation.client_test == "off":
+        raise ConfigError(
+            "evaluation.client_test must be common or own_split with strategy.name="
+            f"{strategy.name}, which has no global model to test, got 'off'"
+        )
+    if not traits.has_global_model and config.early_stopping.metric != "off":
+        raise ConfigError(
+            f"early_stopping.metric must be off with strategy.name={strategy.name}, which has no global model to "
+            f"measure, got '{config.early_stopping.metric}'"
+        )
+    if not traits.uses_client_weights and config.aggregation.client_weights not in ("examples", "uniform"):
+        raise ConfigError(
+            f"aggregation.client_weights must be examples with strategy.name={strategy.name}, which has no use for it, "
+            f"got '{config.aggregation.client_weights}'"
+        )
+    if traits.changes_base and config.model.quantization != "none":
+        raise ConfigError(
+            f"model.quantization must be none with strategy.name={strategy.name}, which changes the weights of the "
+            f"base, got '{config.model.quantization}'"
+        )
+    if traits.changes_base and config.model.sharding != "none":
+        raise ConfigError(
+            f"model.sharding must be none with strategy.name={strategy.name}, which changes the weights of the base, "
+            f"got '{config.model.sharding}'"
+        )
+    if config.run.merged_model and not traits.has_global_model:
+        raise ConfigError(
+            f"run.merged_model must be false with strategy.name={strategy.name}, which has no global model, got true"
+        )
