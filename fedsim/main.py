@@ -119,7 +119,10 @@ def _with_group(command: "CommandLine", requests: StopRequests) -> int:
     _quiet_libraries(world.rank)
     _configure_logging(world.rank)
     own_gpus = sees_only_its_own_gpus()
-    device = choose_device(config.run.device, world, torch.cuda.device_count(), own_gpus=own_gpus)
+    in_job = "SLURM_JOB_ID" in os.environ
+    device = choose_device(
+        config.run.device, world, torch.cuda.device_count(), own_gpus=own_gpus, in_job=in_job
+    )
     torch.set_num_threads(config.run.threads_per_process)
     group = join_group(
         world.rank,

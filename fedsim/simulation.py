@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedsim.atomic import remove_folder, replace_folder, write_text_atomic
+from fedsim.atomic import remove_folder, replace_file, replace_folder, write_text_atomic
 from fedsim.comm.agree import all_or_none, first_reason, on_root, root_first, same_everywhere
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group
@@ -42,7 +42,7 @@ from fedsim.models.description import BaseDescription, describe_base
 from fedsim.models.merged import save_merged_model
 from fedsim.models.quantized import check_available
 from fedsim.models.tokenizer import build_tokenizer
-from fedsim.server.build import build_initial_adapter, build_run, check_svd_device
+from fedsim.server.build import build_initial_adapter, build_local_training, build_run, check_svd_device
 from fedsim.server.build_clients import build_cohort_policy, build_participation, build_tiers
 from fedsim.server.build_strategy import build_federated_strategy
 from fedsim.server.build_tests import build_stopping_rule
@@ -58,6 +58,7 @@ from fedsim.server.checkpoint import (
     saved_best,
 )
 from fedsim.server.client_store import ClientStore
+from fedsim.server.cohort import check_warmup
 from fedsim.server.early_stopping import why_stopped
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import RoundReport, measure_global, run_round
@@ -144,10 +145,7 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 records = _open_existing(config, open_things)
                 finished = records is not None and records.is_finished(config)
         if group.broadcast_object(finished):
-            early = None if records is None else records.folder.recorded("reason")
-            done = 0 if records is None else rounds_completed(list_checkpoints(records.checkpoints)[-1])
-            how = early or f"{done} rounds"
-            logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
+            _tell_finished(config, records)
             if group.rank == 0:
                 stops.obeyed()
             return
@@ -174,6 +172,21 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
                 # every rank is here: none leaves, and so lets the launcher end the others, before rank 0 has written
                 group.gather_objects(None)
             raise
+
+
+def _tell_finished(config: Config, records: "Records | None") -> None:
+    """Say on rank 0 that nothing is left to do."""
+    if records is None:
+        return
+    done = rounds_completed(list_checkpoints(records.checkpoints)[-1])
+    how = records.folder.recorded("reason") or f"{done} rounds"
+    logger.info("run %s is finished (%s); nothing to do", _folder_path(config), how)
+    if done > config.run.rounds:
+        logger.warning(
+            "it has %d rounds, more than run.rounds=%d, and so has its adapter; choose another run.name for fewer",
+            done,
+            config.run.rounds,
+        )
 
 
 def _load_base(config: Config, group: Group) -> BaseModel:
@@ -365,6 +378,8 @@ def _prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDa
     with all_or_none(group, "setting up the adapter"):
         check_svd_device(config.aggregation.svd_device, group.device)
         num_clients = data.partition.num_clients
+        budget, local = build_local_training(config)
+        check_warmup(local.warmup_steps, budget, int(data.partition.sizes.max()))
         tiers = build_tiers(config, description.targets, num_clients, data.partition.sizes)
         summary = RunSummary(
             description.name,
@@ -543,8 +558,11 @@ def _reporting(
                         "answers": summary.answer_counts(),
                     }
                 )
-                partition = json.dumps(summary.data.partition.to_json()) + "\n"
-                write_text_atomic(records.folder.path / "partition.json", partition)
+                partition = summary.data.partition
+                write_text_atomic(
+                    records.folder.path / "partition.json", json.dumps(partition.to_json()) + "\n"
+                )
+                replace_file(records.folder.path / "partition.parquet", partition.to_parquet())
                 tiers = json.dumps(summary.tiers.to_json()) + "\n"
                 write_text_atomic(records.folder.path / "tiers.json", tiers)
                 tracker = build_tracker(config, records.folder, to_tree(config))

@@ -1,10 +1,12 @@
 """The runs of a sweep: what differs between them, and what they are called."""
 
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedsim.config.schema import Config
 from fedsim.errors import ConfigError
 
 KEY = r"[a-z_0-9]+(\.[a-z_0-9]+)+"
@@ -89,14 +91,15 @@ def _short(override: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{key.rpartition('.')[2]}_{value}").strip("_")
 
 
-def arm_arguments(run_arguments: Sequence[str], arm: Arm, base: str) -> list[str]:
-    """The arguments of fedsim.main for one arm.
+def arm_arguments(run_arguments: Sequence[str], arm: Arm, base: Config) -> list[str]:
+    """The arguments of fedsim.main for one arm. Without a W&B group of its own it gets the sweep's name for one.
 
     Args:
         run_arguments: common to all arms.
         arm: see `make_arms`.
-        base: first part of the run's name.
+        base: the configuration without arms; its name is the sweep's, and the first part of the run's.
     """
     common = [argument for argument in run_arguments if not argument.startswith("run.name=")]
-    name = f"{base}-{arm.name}" if arm.name else base
-    return [*common, *arm.overrides, f"run.name={name}"]
+    name = f"{base.run.name}-{arm.name}" if arm.name else base.run.name
+    group = [] if base.tracking.wandb.group else [f"tracking.wandb.group={json.dumps(base.run.name)}"]
+    return [*common, *arm.overrides, *group, f"run.name={name}"]

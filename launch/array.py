@@ -1,7 +1,6 @@
 """A sweep as job arrays of Slurm: a manifest, one run folder for each element, and what has not finished yet."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -51,7 +50,7 @@ def submit_sweep(options: argparse.Namespace, arms: Sequence[Arm]) -> int:
     planned = plan_elements(options.rest, arms, base)
     _refuse_second(folder, options.resubmit)
     if not options.dry_run:
-        slurm.require("sbatch", "squeue")
+        slurm.require("sbatch", "squeue", remedy="--dry-run shows the script anywhere")
     idle = planned if options.dry_run or options.test else _without_active(planned, options.resubmit)
     unfinished = [run for run in idle if not refuse_unusable(run.config).is_finished(run.config)]
     if not unfinished:
@@ -99,10 +98,9 @@ def plan_elements(run_arguments: Sequence[str], arms: Sequence[Arm], base: Confi
     Raises:
         ConfigError: a configuration is wrong.
     """
-    group = [] if base.tracking.wandb.group else [f"tracking.wandb.group={json.dumps(base.run.name)}"]
     planned = []
     for arm in arms:
-        config = parse_command_line([*arm_arguments(run_arguments, arm, base.run.name), *group]).config
+        config = parse_command_line(arm_arguments(run_arguments, arm, base)).config
         folder = run_folder(config)
         place = records.next_submission_folder(folder)
         arguments = (str(place / records.CONFIG),)

@@ -1,9 +1,9 @@
 """`python -m launch cancel`: end the jobs that were submitted for runs."""
 
-import argparse
 from collections.abc import Sequence
 
 from launch import records, slurm
+from launch.arguments import Parser
 from launch.targets import find_targets
 
 
@@ -16,7 +16,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments))
     targets = find_targets(options.folders)
-    slurm.require("squeue", "scancel")
+    slurm.require(
+        "squeue",
+        "scancel",
+        remedy="a run on this machine is stopped by a file `stop` in its folder",
+    )
     for target in targets:
         folders = dict.fromkeys((target.folder, *target.runs))
         active = slurm.active_jobs([job for folder in folders for job in records.submitted_jobs(folder)])
@@ -27,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch cancel",
         description="Cancel the jobs of runs and sweeps. A run that is cut off loses what it did since its newest "
         "checkpoint; to stop at the end of a round instead, make the file `stop` in its folder.",

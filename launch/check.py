@@ -1,10 +1,10 @@
 """`python -m launch check`: is a configuration right, and which run is it? Batch scripts ask first."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.arguments import Parser
 from launch.manifest import read_element
 from launch.runs import refuse_unusable, run_folder
 from launch.submit import checked_config
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch check",
         description="Check the arguments of fedsim.main; say which run folder they mean and whether it is finished.",
         allow_abbrev=False,

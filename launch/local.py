@@ -1,6 +1,5 @@
 """`python -m launch local`: check the configuration once, then run it on this machine by torchrun."""
 
-import argparse
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import NoReturn
 from fedsim.config.loader import parse_command_line
 from fedsim.config.schema import Config
 from fedsim.errors import ConfigError
+from launch.arguments import Parser, positive
 
 TORCHRUN = "torch.distributed.run"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -72,6 +72,11 @@ def main(arguments: Sequence[str]) -> int:
     config = parse_command_line([*run_arguments, *extra]).config
     machine = Machine(count_gpus(os.environ), count_cores())
     plan = plan_local(config, machine, [*run_arguments, *extra], options.processes)
+    if options.processes is not None and options.processes > num_packs(config):
+        sys.stderr.write(
+            f"launch: a round has {num_packs(config)} packs, so that {options.processes - num_packs(config)} of "
+            f"{options.processes} processes will idle; raise training.pack.num_packs or cohort.size\n"
+        )
     if options.print:
         print(plan.as_text())
         return 0
@@ -184,13 +189,14 @@ def _become(plan: Plan) -> NoReturn:
     os.execve(plan.executed[0], plan.executed, {**environment, **plan.environment})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch local",
         description="Check the configuration once, then run it on this machine with as many processes as fit it.",
         epilog="`python -m launch local -- --help` explains the keys.",
         allow_abbrev=False,
     )
+    parser.elsewhere = "those of fedsim.main stand behind --"
     parser.add_argument(
         "--processes",
         type=positive,
@@ -207,17 +213,6 @@ def _parser() -> argparse.ArgumentParser:
         help="as for fedsim.main; its options, such as --dry-run, stand behind --",
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """A whole number > 0, as an argument.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number > 0, got {text!r}")
-    return int(text)
 
 
 def _count(processes: int) -> str:

@@ -1,6 +1,5 @@
 """`python -m launch logs`: the newest output of a run's jobs and processes."""
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from fedsim.errors import RunFolderError
 from launch import records
-from launch.local import positive
+from launch.arguments import Parser, positive
 from launch.targets import find_targets
 
 LARGEST_TAIL = 1 << 20
@@ -91,8 +90,8 @@ def follow(find: Callable[[], list[Path]], pause: Callable[[], None]) -> Iterato
             seen[path] = size
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch logs",
         description="Print the end of the newest log of a run, or of the runs of a sweep.",
         allow_abbrev=False,

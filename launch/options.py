@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError
-from launch.local import positive
+from launch.arguments import positive
 from launch.profile import SiteProfile, find_profile, load_profile
 from launch.script import Container, Launcher, Resources, Restarts, Setup
 
@@ -149,7 +149,7 @@ def build_job(options: argparse.Namespace, environment: Mapping[str, str]) -> Jo
         resources=resources,
         launcher=_first(options.launcher, site.launcher, "torchrun"),
         container=container,
-        setup=_setup(options, site, container is not None),
+        setup=_setup(options, site, container is not None, environment),
         restarts=Restarts(
             lead,
             _first(options.max_failures, site.max_failures, DEFAULT_MAX_FAILURES),
@@ -217,10 +217,14 @@ def _container(options: argparse.Namespace, site: SiteProfile) -> Container | No
     return Container(image, runtime, tuple(binds))
 
 
-def _setup(options: argparse.Namespace, site: SiteProfile, in_container: bool) -> Setup:
+def _setup(
+    options: argparse.Namespace, site: SiteProfile, in_container: bool, around: Mapping[str, str]
+) -> Setup:
     environment, lines = dict(site.environment), list(site.setup)
     if site.scratch is not None:
         scratch = Path(site.scratch)
+        if around.get("HF_HOME"):  # where the user has downloaded what nodes without a network must find
+            environment.setdefault("HF_HOME", around["HF_HOME"])
         for name, folder in {"FEDSIM_CACHE": "fedsim-cache", "HF_HOME": "huggingface"}.items():
             environment.setdefault(name, str(scratch / folder))
         lines.insert(0, 'mkdir -p "$FEDSIM_CACHE" "$HF_HOME"')

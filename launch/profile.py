@@ -41,7 +41,8 @@ class SiteProfile(Node):
         venv: a virtual environment.
         conda_env: a conda environment.
         environment: variables for the job.
-        scratch: a folder with room: FEDSIM_CACHE and HF_HOME are put there unless `environment` sets them.
+        scratch: a folder with room: FEDSIM_CACHE and HF_HOME are put there unless `environment` sets them, or HF_HOME
+            is set where the job is submitted.
         container: the image, and what it sees.
         setup: lines of shell that the job runs before fedsim.
         extra: more options of sbatch.

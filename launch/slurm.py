@@ -35,8 +35,12 @@ class JobState:
     is_active: bool
 
 
-def require(*programs: str) -> None:
+def require(*programs: str, remedy: str = "") -> None:
     """Check that these programs are there.
+
+    Args:
+        programs: of Slurm.
+        remedy: what to do else, for the message.
 
     Raises:
         SchedulerError: one is not.
@@ -44,8 +48,8 @@ def require(*programs: str) -> None:
     for program in programs:
         if shutil.which(program) is None:
             raise SchedulerError(
-                f"{program} must be on PATH, and is not: call this on a login node of a Slurm cluster; "
-                "--dry-run shows the script anywhere"
+                f"{program} must be on PATH, and is not: call this on a login node of a Slurm cluster"
+                f"{f'; {remedy}' if remedy else ''}"
             )
 
 

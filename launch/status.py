@@ -1,6 +1,5 @@
 """`python -m launch status`: what Slurm and the run folders say about runs."""
 
-import argparse
 import os
 import shutil
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from fedsim.errors import SchedulerError
 from launch import records, slurm
+from launch.arguments import Parser
 from launch.runs import read_run
 from launch.slurm import JobState
 from launch.targets import find_targets
@@ -65,8 +65,8 @@ def describe(run: Path, jobs: Sequence[str], known: Mapping[str, JobState] | Non
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch status",
         description="Say what became of runs: what Slurm knows of their jobs, and how far they are.",
         allow_abbrev=False,

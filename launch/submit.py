@@ -1,6 +1,5 @@
 """`python -m launch submit`: one run as a Slurm job, from the checked configuration to the job's id."""
 
-import argparse
 import os
 import shlex
 import sys
@@ -11,6 +10,7 @@ from fedsim.config.loader import parse_command_line, to_yaml
 from fedsim.config.schema import Config
 from fedsim.errors import ConfigError, RunFolderError
 from launch import records, slurm
+from launch.arguments import Parser
 from launch.local import num_packs, split_arguments
 from launch.options import Job, add_slurm_options, build_job, parse_options
 from launch.runs import refuse_unusable, run_folder
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
     job = build_job(options, os.environ)
     folder = run_folder(config)
     if not options.dry_run:
-        slurm.require("sbatch")
+        slurm.require("sbatch", remedy="--dry-run shows the script anywhere")
         refuse_active(folder)
     state = refuse_unusable(config)
     if state.is_finished(config):
@@ -117,8 +117,8 @@ def advice(config: Config, job: Job) -> list[str]:
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m launch submit",
         description="Submit a run to Slurm. The job requeues itself before its time limit, after preemption and after "
         "failures, and goes on from the newest checkpoint.",

@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from fedsim.config.loader import parse_command_line
 from fedsim.errors import ConfigError
 from fedsim.stopping import EXIT_PREEMPTED
+from launch.arguments import Parser, positive
 from launch.arms import Arm, arm_arguments, make_arms
 from launch.array import submit_sweep
-from launch.local import LAUNCHER_VARIABLES, Machine, Plan, count_cores, count_gpus, plan_local, positive
+from launch.local import LAUNCHER_VARIABLES, Machine, Plan, count_cores, count_gpus, plan_local
 from launch.options import add_slurm_options, parse_options
 
 
@@ -73,7 +74,7 @@ def plan_sweep(
     Raises:
         ConfigError: a configuration is wrong.
     """
-    base = parse_command_line(list(run_arguments)).config.run.name
+    base = parse_command_line(list(run_arguments)).config
     plans = []
     for arm in arms:
         whole = arm_arguments(run_arguments, arm, base)
@@ -137,9 +138,9 @@ def _as_option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+def _parser() -> tuple[Parser, list[str]]:
     """The parser, and the names of the options that choose Slurm."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m launch sweep",
         description="Run a configuration with several values of some keys, and several seeds. Without options of Slurm "
         "the runs are made on this machine, one after another, and the same command again goes on where it stopped. "

@@ -79,7 +79,7 @@ class FlexLoraDelta:
             svd = sum_svd(total, largest, "dense")
             adapter[module] = factors_of(svd, self.federation, module, largest, server.A.dtype)
             ranks = [client.rank for client in cohort]
-            figures[module] = spectrum_figures(svd, ranks, sum(ranks))
+            figures[module] = spectrum_figures(svd, ranks, sum(ranks), self.federation.ranks_by_tier(module))
             spectra[module] = tuple(svd.S.tolist())
         after = replace(
             state,

@@ -68,7 +68,7 @@ class FlexLoraPartitioned:
             ranks = [client.rank for client in cohort]
             svd = sum_svd(total, largest)
             adapter[module] = factors_of(svd, self.federation, module, largest, cohort[0].A.dtype)
-            figures[module] = spectrum_figures(svd, ranks, sum(ranks))
+            figures[module] = spectrum_figures(svd, ranks, sum(ranks), self.federation.ranks_by_tier(module))
             spectra[module] = tuple(svd.S.tolist())
         after = replace(state, round_index=state.round_index + 1, adapter=AdapterState(adapter))
         return Aggregated(after, figures, spectra)

@@ -78,7 +78,12 @@ class Florist:
             svd = sum_svd(total)
             rank = _rank_of(svd, self.energy) or largest
             adapter[module] = factors_of(svd, self.federation, module, rank, cohort[0].A.dtype)
-            figures[module] = spectrum_figures(svd, [client.rank for client in cohort], total.total_rank)
+            figures[module] = spectrum_figures(
+                svd,
+                [client.rank for client in cohort],
+                total.total_rank,
+                self.federation.ranks_by_tier(module),
+            )
             spectra[module] = tuple(svd.S[: max(rank, largest)].tolist())
         after = replace(state, round_index=state.round_index + 1, adapter=AdapterState(adapter))
         return Aggregated(after, figures, spectra)

@@ -6,6 +6,7 @@ Shapes: o / i = out / in features of a module, r = LoRA rank, q = components of 
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -23,6 +24,9 @@ Holder = Literal["A", "B"]
 """The factor that the singular values are multiplied into."""
 
 ENERGY = "spectrum/energy"
+
+NO_TIERS: Mapping[int, int] = MappingProxyType({})
+MOST_TIERS = 16
 
 
 def factors_of(
@@ -91,7 +95,7 @@ def aggregate_by_svd(
         svd = sum_svd(total, largest)
         adapter[module] = factors_of(svd, federation, module, largest, cohort[0].A.dtype, holder)
         ranks = [client.rank for client in cohort]
-        figures[module] = spectrum_figures(svd, ranks, total.total_rank)
+        figures[module] = spectrum_figures(svd, ranks, total.total_rank, federation.ranks_by_tier(module))
         if len(set(ranks)) == 1:
             gap = gap_to_averaged_factors(cohort, weights, svd.energy)
             figures[module]["spectrum/gap_to_averaged_factors"] = gap
@@ -126,12 +130,16 @@ def gap_to_averaged_factors(cohort: Sequence[LoraFactors], weights: Sequence[flo
     return math.sqrt(max(0.0, squared) / energy)
 
 
-def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> dict[str, float]:
+def spectrum_figures(
+    svd: Svd, lora_ranks: Collection[int], total_rank: int, tier_ranks: Mapping[int, int] = NO_TIERS
+) -> dict[str, float]:
     """What truncation keeps of the average update W of a module, as figures for the record of a round.
 
         spectrum/energy_kept_rank_<r>          sum_{j <= r} s_j^2 / ||W||_F^2, for each LoRA rank of the cohort
-        spectrum/energy_beyond_smallest_rank   1 - that of the smallest one: what FlexLoRA's rank collapse
-                                               (arXiv 2602.13486) takes away round by round
+        spectrum/energy_kept_tier_<t>          the same at the rank of each resource tier, drawn or not, by its place in
+                                               tiers.json; not of more than `MOST_TIERS`
+        spectrum/energy_beyond_smallest_rank   1 - that of the smallest rank of any tier, else of the cohort: what
+                                               FlexLoRA's rank collapse (arXiv 2602.13486) takes away round by round
         spectrum/effective_rank                exp of the entropy of s_j^2 / sum_j s_j^2 over the components that the
                                                server keeps (Roy and Vetterli 2007, who take s_j instead of s_j^2)
         spectrum/total_rank                    of the stack that W was made from
@@ -143,16 +151,19 @@ def spectrum_figures(svd: Svd, lora_ranks: Collection[int], total_rank: int) -> 
         svd: of W.
         lora_ranks: of the cohort's clients, in this module.
         total_rank: sum of the terms' ranks.
+        tier_ranks: resource tier -> LoRA rank in this module.
     """
     squares = svd.S.square().tolist()
     energy = max(svd.energy, math.fsum(squares))
-    figures = {
-        f"spectrum/energy_kept_rank_{rank}": math.fsum(squares[:rank]) / energy if energy > 0 else 1.0
-        for rank in sorted(set(lora_ranks))
-    }
-    smallest = figures[f"spectrum/energy_kept_rank_{min(lora_ranks)}"]
+
+    def kept(rank: int) -> float:
+        return math.fsum(squares[:rank]) / energy if energy > 0 else 1.0
+
+    figures = {f"spectrum/energy_kept_rank_{rank}": kept(rank) for rank in sorted(set(lora_ranks))}
+    if len(tier_ranks) <= MOST_TIERS:
+        figures |= {f"spectrum/energy_kept_tier_{tier}": kept(rank) for tier, rank in tier_ranks.items()}
     return figures | {
-        "spectrum/energy_beyond_smallest_rank": 1.0 - smallest,
+        "spectrum/energy_beyond_smallest_rank": 1.0 - kept(min(tier_ranks.values() or lora_ranks)),
         "spectrum/effective_rank": _effective_rank(squares),
         "spectrum/total_rank": float(total_rank),
         ENERGY: energy,

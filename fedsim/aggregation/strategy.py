@@ -64,6 +64,7 @@ class Federation:
         targets: dotted module path -> (in, out features), in the base's order.
         max_ranks: module -> largest LoRA rank of any client.
         seed: the run's seed.
+        tier_ranks: resource tier -> module -> LoRA rank, of those that have clients; empty where all clients are alike.
     """
 
     num_clients: int
@@ -73,6 +74,11 @@ class Federation:
     targets: Mapping[str, tuple[int, int]]
     max_ranks: Mapping[str, int]
     seed: int
+    tier_ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+
+    def ranks_by_tier(self, module: str) -> dict[int, int]:
+        """Resource tier -> LoRA rank of a module."""
+        return {tier: ranks[module] for tier, ranks in self.tier_ranks.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -344,7 +344,9 @@ def sees_only_its_own_gpus(environment: Mapping[str, str] = os.environ) -> bool:
     return bound or per_task.isdecimal() or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
 
 
-def choose_device(wanted: str, world: World, num_gpus: int, *, own_gpus: bool = False) -> torch.device:
+def choose_device(
+    wanted: str, world: World, num_gpus: int, *, own_gpus: bool = False, in_job: bool = False
+) -> torch.device:
     """The device of a process: the GPU of its local rank, or the CPU.
 
     "auto" takes GPUs only where each process of the node has one to itself, since NCCL does not let two share one.
@@ -354,9 +356,10 @@ def choose_device(wanted: str, world: World, num_gpus: int, *, own_gpus: bool = 
         world: the place of the process.
         num_gpus: GPUs that it sees.
         own_gpus: the other processes of its node see other ones.
+        in_job: GPUs have been asked for, and are paid for: "auto" does not leave them idle.
 
     Raises:
-        ConfigError: cuda is wanted, and there is not a GPU for each process of the node.
+        ConfigError: cuda is wanted, or GPUs are paid for, and there is not one for each process of the node.
     """
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         return torch.device("cpu")
@@ -365,10 +368,10 @@ def choose_device(wanted: str, world: World, num_gpus: int, *, own_gpus: bool = 
     if own_gpus or world.local_size <= num_gpus:
         return torch.device("cuda", world.local_rank % num_gpus)
     shortage = f"{world.local_size} processes on a node with {num_gpus} visible GPUs"
-    if wanted == "cuda":
+    if wanted == "cuda" or in_job:
         raise ConfigError(
-            f"run.device=cuda needs a GPU for each process, got {shortage}; start {num_gpus} processes a node, or set "
-            "run.device=cpu"
+            f"run.device={wanted} needs a GPU for each process, got {shortage}; start {num_gpus} processes a node, or "
+            "set run.device=cpu"
         )
     if world.rank == 0:
         logger.warning("run.device=auto: the CPU, for %s; start %d to use them", shortage, num_gpus)

@@ -407,9 +407,16 @@ def _strategy(strategy: StrategyConfig) -> Iterator[str]:
 
 
 def _slora(config: Config) -> Iterator[str]:
-    """Densities go by tier, of which the configuration must say the order."""
+    """Its first stage ends before the run does; densities go by tier, of which the configuration must say the order."""
     densities, lora = config.strategy.slora.tier_densities, config.lora
-    if config.strategy.name != "slora" or not densities:
+    if config.strategy.name != "slora":
+        return
+    if config.strategy.slora.rounds > config.run.rounds:
+        yield (
+            f"strategy.slora.rounds must be at most run.rounds={config.run.rounds}, since no LoRA factors are made "
+            f"before its first stage ends, got {config.strategy.slora.rounds}"
+        )
+    if not densities:
         return
     key = "strategy.slora.tier_densities"
     yield from _unused("strategy.slora", config.strategy.slora, ("density",), f"when {key} is set")
@@ -483,6 +490,12 @@ def _privacy(config: Config) -> Iterator[str]:
     if config.aggregation.privacy.clip_norm is None:
         return
     because = "with aggregation.privacy.clip_norm set"
+    num_clients, delta = config.data.partition.num_clients, config.aggregation.privacy.delta
+    if delta >= 1 / num_clients:
+        yield (
+            f"aggregation.privacy.delta must be below 1 / data.partition.num_clients={1 / num_clients:g}, or telling "
+            f"all of one client would count as private, got {show(delta)}"
+        )
     if config.cohort.sampling != "poisson":
         yield (
             f"cohort.sampling must be poisson {because}, since the privacy accountant counts on it, got "

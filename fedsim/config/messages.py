@@ -9,6 +9,16 @@ from fedsim.config.keys import all_keys, nearest_choice, nearest_key, section_na
 from fedsim.errors import ConfigError
 
 MOST_PROBLEMS = 5
+METHODS_ELSEWHERE = {
+    "fedprox": "strategy.name=fedavg and training.proximal_mu",
+    "fedit": "strategy.name=fedavg and training.optimizer.name=adamw",
+    **{
+        name: f"strategy.name=fedavg and aggregation.server_optimizer.name={name}"
+        for name in ("fedadam", "fedavgm", "fedyogi", "fedadagrad")
+    },
+    "fedopt": "strategy.name=fedavg and aggregation.server_optimizer.name",
+}
+"""Methods that are not strategies here, and the keys that make them."""
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -49,7 +59,11 @@ def _plain(kind: str, location: tuple[int | str, ...], got: Any) -> str:
     if kind == "finite_number":
         rule = rule.replace("a number", "a finite number", 1)
     shown = name + "".join(f"[{position}]" for position in positions)
-    return f"{shown} must be {rule}, got {show(got)}{_remedy(rule, got, key.choices)}"
+    elsewhere = (
+        METHODS_ELSEWHERE.get(got.lower()) if name == "strategy.name" and isinstance(got, str) else None
+    )
+    remedy = f"; set {elsewhere} for it" if elsewhere else _remedy(rule, got, key.choices)
+    return f"{shown} must be {rule}, got {show(got)}{remedy}"
 
 
 def _in_item(kind: str, location: tuple[int | str, ...], got: Any) -> str:

@@ -4,6 +4,7 @@ N = examples of the training corpus, K = clients, C = length classes, L = labels
 """
 
 import hashlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -142,8 +143,31 @@ class Partition:
             digest.update(column.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def to_parquet(self) -> bytes:
+        """Who holds what, as a Parquet file: `client_id`, `use` (train, evaluation or test) and `example`.
+
+        Examples are positions in the training token store, from 0: the corpus's rows in their order, without those
+        held out as the global test set, thinned out by data.max_examples or dropped by data.on_empty.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parts = [("train", self.train_indices, self.sizes), ("test", self.test_indices, self.test_sizes)]
+        if self.eval_indices is not None:
+            parts.insert(1, ("evaluation", self.eval_indices, self.eval_sizes))
+        table = pa.table(
+            {
+                "client_id": np.concatenate([np.repeat(np.arange(self.num_clients), of) for *_, of in parts]),
+                "use": pa.array(np.repeat([use for use, *_ in parts], [held.size for _, held, _ in parts])),
+                "example": np.concatenate([held for _, held, _ in parts]),
+            }
+        )
+        file = io.BytesIO()
+        pq.write_table(table, file)
+        return file.getvalue()
+
     def to_json(self) -> dict[str, object]:
-        """The partition in figures, for `partition.json`: all but the indices themselves.
+        """The partition in figures, for `partition.json`: all but the indices themselves, see `to_parquet`.
 
         `mean_pairwise_overlap` is the mean over all pairs of clients of the examples both hold (for whatever use),
         divided by a client's mean number of examples: 0 where the partition is disjoint. It is exact at any size, as

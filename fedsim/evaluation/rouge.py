@@ -50,6 +50,14 @@ class AnswerScores:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def columns(self) -> dict[str, Floats]:
+        """Name in the figures -> score of each answer."""
+        return {
+            "rougeL": self.rouge_l,
+            "rougeL_stem": self.rouge_l_stemmed,
+            "exact_match": self.exact_match,
+        }
+
     def without_predictions(self) -> "AnswerScores":
         """The scores alone, to be sent to other processes."""
         return replace(self, predictions=())
@@ -186,13 +194,8 @@ def answer_metrics(scores: AnswerScores, clients: Sequence[Group], suffix: str =
         clients: n, the client (task) of each answer.
         suffix: appended to each key, `_tf` for teacher-forced guesses.
     """
-    columns = {
-        "rougeL": scores.rouge_l,
-        "rougeL_stem": scores.rouge_l_stemmed,
-        "exact_match": scores.exact_match,
-    }
     metrics = {}
-    for name, values in columns.items():
+    for name, values in scores.columns().items():
         by_client = group_means(values, clients)
         metrics[f"test/{name}{suffix}"] = mean(values)
         metrics[f"test/{name}{suffix}_by_client"] = math.fsum(by_client.values()) / len(by_client)

@@ -30,7 +30,9 @@ class AnswerEvaluation:
     suffix: str
 
     def measure(self, group: Group, adapter: AdapterState, what: str) -> dict[str, float]:
-        """Figures of a round: see `answer_metrics`, and Rouge-L by task and category; the same on every rank.
+        """Figures of a round: see `answer_metrics`, and the same scores by task and category; the same on every rank.
+
+        Where there are more than `MOST_NAMES` tasks, or categories, or an example has none, they are left out.
 
         Raises:
             PeerError: some process could not measure its share.
@@ -44,9 +46,18 @@ class AnswerEvaluation:
         scores = merge_scores({index: part for share in everywhere for index, part in share.items()})
         figures = answer_metrics(scores, [self.tasks[i] for i in scores.examples.tolist()], self.suffix)
         for kind, names in (("task", self.tasks), ("category", self.categories)):
-            if 0 < len(set(names)) <= MOST_NAMES and "" not in names:
-                means = group_means(scores.rouge_l, [names[i] for i in scores.examples.tolist()])
+            if not 0 < len(set(names)) <= MOST_NAMES or "" in names:
+                continue
+            groups = [names[i] for i in scores.examples.tolist()]
+            for score, values in scores.columns().items():
+                means = group_means(values, groups)
                 figures |= {
-                    f"test/rougeL{self.suffix}_{kind}/{name}": value for name, value in sorted(means.items())
+                    f"test/{score}{self.suffix}_{kind}/{name}": value for name, value in sorted(means.items())
                 }
         return figures
+
+    def left_out(self) -> str | None:
+        """What has no figures of its own, in words; None if nothing."""
+        counts = {"tasks": len(set(self.tasks)), "categories": len(set(self.categories))}
+        many = [f"{count} {kind}" for kind, count in counts.items() if count > MOST_NAMES]
+        return f"no scores by name of {' and '.join(many)}, of more than {MOST_NAMES}" if many else None

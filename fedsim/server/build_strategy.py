@@ -36,6 +36,7 @@ def build_federated_strategy(
         targets=dict(targets),
         max_ranks=tiers.max_ranks,
         seed=config.run.seed,
+        tier_ranks=tiers.ranks_with_clients() if tiers.are_mixed else {},
     )
     arguments = {name: getattr(chosen, name).model_dump() for name in ("hetlora", "florist")}
     arguments["slora"] = _slora_arguments(chosen, tiers)

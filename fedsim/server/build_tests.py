@@ -1,5 +1,7 @@
 """From a configuration to the tests of a run: losses, answers, validation, and when to stop by them."""
 
+import logging
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,8 @@ from fedsim.server.answers import AnswerEvaluation
 from fedsim.server.early_stopping import StoppingRule
 from fedsim.server.validation import Validation
 
+logger = logging.getLogger(__name__)
+
 
 def build_tests(config: Config, scorer: Scorer, data: FederatedData) -> tuple[LossEvaluator, ClientTest]:
     """The global test and the clients' tests, both measured by `scorer`."""
@@ -52,7 +56,13 @@ def build_answers(
     tasks = [store.answers.task(example) or "" for example in examples.tolist()]
     categories = [store.answers.category(example) for example in examples.tolist()]
     known = [category for category in categories if category is not None]
-    return AnswerEvaluation(test, tasks, known if len(known) == len(categories) else (), _suffix(config))
+    evaluation = AnswerEvaluation(
+        test, tasks, known if len(known) == len(categories) else (), _suffix(config)
+    )
+    left_out = evaluation.left_out()
+    if left_out is not None:
+        logger.info("evaluation.answers: %s", left_out)
+    return evaluation
 
 
 def build_validation(

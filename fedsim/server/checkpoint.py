@@ -71,7 +71,8 @@ def save_checkpoint(
             for name, adapter in named.items()
             for module, factors in adapter.items()
             for side in ("A", "B")
-        }
+        },
+        metadata={"holds": "server state"},  # a client's file of format version 2 says nothing of itself
     )
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.build import FederatedData
+from fedsim.errors import ConfigError
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.seeding import numpy_generator
 from fedsim.training.packs import ClientJob
@@ -53,6 +54,27 @@ class LocalBudget:
         assert self.local_steps is not None
         passes, steps = divmod(self.local_steps, -(-num_examples // self.examples_per_step))
         return passes * num_examples + steps * self.examples_per_step
+
+
+def check_warmup(warmup_steps: int, budget: LocalBudget, largest: int) -> None:
+    """Check that some client comes to the end of its warm-up.
+
+    Args:
+        warmup_steps: `training.schedule.warmup_steps`.
+        budget: of a client and round.
+        largest: training examples of the largest client.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if budget.local_epochs is None:
+        return  # checked with the configuration
+    steps = budget.local_epochs * -(-largest // budget.examples_per_step)
+    if warmup_steps > steps:
+        raise ConfigError(
+            f"training.schedule.warmup_steps must be at most the {steps} steps that the largest client makes in a "
+            f"round, or its learning rate never comes to training.optimizer.lr, got {warmup_steps}"
+        )
 
 
 def sample_cohort(

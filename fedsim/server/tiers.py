@@ -54,6 +54,10 @@ class Tiers:
         present = [self.ranks[tier] for tier in np.unique(self.tier_of)]
         return {module: max(ranks[module] for ranks in present) for module in present[0]}
 
+    def ranks_with_clients(self) -> dict[int, Mapping[str, int]]:
+        """Tier -> module -> LoRA rank, of the tiers that have clients."""
+        return {tier: self.ranks[tier] for tier in np.unique(self.tier_of).tolist()}
+
     @property
     def are_mixed(self) -> bool:
         """Whether clients differ, or rounds do."""

@@ -286,6 +286,8 @@ def _cell(value: Scalar, column: Column) -> str:
 def _head(run_name: str, first_round: int, num_rounds: int, cohort_size: int) -> str:
     clients = "1 client" if cohort_size == 1 else f"{cohort_size} clients"
     columns = "".join(f"{column.head:>{column.width}}" for column in COLUMNS)
+    if first_round >= num_rounds:
+        return f"{run_name}: all {num_rounds} rounds are done"
     return (
         f"{run_name}: rounds {first_round + 1} to {num_rounds}, {clients} in each\n"
         f"{'round':>9}{columns}{'left':>8}"

@@ -283,6 +283,20 @@ def test_without_training_singular_value_j_decays_by_the_share_of_ranks_from_j(k
             np.testing.assert_allclose(values, before[module] * decay**repeat, rtol=1e-9)
 
 
+def test_each_tier_has_a_figure_whoever_is_drawn():
+    """The smallest tier counts although the round has none of it, and each module's own rank of a tier."""
+    wide, tall = ranks_of(4).keys()
+    tiers = {0: {wide: 4, tall: 4}, 2: {wide: 1, tall: 3}}
+    cohort = [random_adapter(0, 4), random_adapter(1, 4)]
+    aggregated = run(FlexLora(make_federation(4, tier_ranks=tiers)), cohort, [1, 1])
+    for module, figures in aggregated.by_module.items():
+        squares = np.linalg.svd(mean_product(cohort, [1, 1], module))[1] ** 2
+        kept = {tier: squares[: ranks[module]].sum() / squares.sum() for tier, ranks in tiers.items()}
+        for tier, share in kept.items():
+            assert figures[f"spectrum/energy_kept_tier_{tier}"] == pytest.approx(share, rel=1e-9)
+        assert figures["spectrum/energy_beyond_smallest_rank"] == pytest.approx(1 - kept[2], rel=1e-9)
+
+
 def test_figures_of_the_spectrum():
     cohort = [random_adapter(0, 4), random_adapter(1, 2), random_adapter(2, 2)]
     aggregated = run(FlexLora(make_federation(4)), cohort, [1, 1, 2])

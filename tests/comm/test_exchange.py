@@ -274,6 +274,11 @@ def test_devices(caplog):
     assert one_each == [0] * 4, "with --gpus-per-task every task calls its GPU 0"
     with pytest.raises(ConfigError, match=r"run\.device=cuda needs a GPU for each process, got 4 processes"):
         choose_device("cuda", four[0], 2)
+    with pytest.raises(
+        ConfigError, match=r"run\.device=auto needs a GPU for each process.* set run.device=cpu"
+    ):
+        choose_device("auto", four[0], 2, in_job=True)
+    assert choose_device("auto", four[0], 0, in_job=True) == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"run\.device must be cpu or auto"):
         choose_device("cuda", World(), 0)
 

@@ -239,6 +239,25 @@ REFUSED = [
         ["lora.target_modules=[q_proj,v_proj,q_proj]"],
         "lora.target_modules must name each module once, got ['q_proj'] more than once",
     ),
+    (
+        ["strategy.name=slora", "strategy.slora.rounds=9", "run.rounds=8"],
+        "strategy.slora.rounds must be at most run.rounds=8, since no LoRA factors are made before",
+    ),
+    (
+        [
+            "aggregation.privacy.clip_norm=1.0",
+            "aggregation.privacy.noise_multiplier=1.0",
+            "aggregation.privacy.delta=0.5",
+            "cohort.sampling=poisson",
+            "aggregation.client_weights=uniform",
+        ],
+        "aggregation.privacy.delta must be below 1 / data.partition.num_clients=0.05",
+    ),
+    (["strategy.name=fedprox"], "got 'fedprox'; set strategy.name=fedavg and training.proximal_mu for it"),
+    (
+        ["strategy.name=FedAdam"],
+        "set strategy.name=fedavg and aggregation.server_optimizer.name=fedadam for it",
+    ),
     ([*SCAFFOLD, "training.proximal_mu=0.1"], "training.proximal_mu must be 0 with strategy.name=scaffold"),
     (
         [*SCAFFOLD, "training.max_update_norm=1.0", "training.on_large_update=clip"],

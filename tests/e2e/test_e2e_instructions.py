@@ -78,6 +78,9 @@ def test_generated_answers_are_scored_alike_on_one_and_two_processes(program, in
     by_task = [value for key, value in one[0].items() if key.startswith("test/rougeL_task/task ")]
     assert len(by_task) == 2, "a quarter of eight tasks"
     assert one[0]["test/rougeL_by_client"] == pytest.approx(sum(by_task) / 2)
+    for score in ("rougeL_stem", "exact_match"):
+        assert {key for key in one[0] if key.startswith(f"test/{score}_task/task ")}, score
+        assert {key for key in one[0] if key.startswith(f"test/{score}_category/kind")}, score
 
 
 def test_what_became_of_prompts_and_answers_is_said(program, instructions, capsys):

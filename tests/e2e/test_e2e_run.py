@@ -78,7 +78,8 @@ def test_run_folder(program: Any, capsys: Any, snapshot: Snapshot) -> None:
     folder = program.run_folder
     names = {path.name for path in folder.iterdir()} - {"run.lock"}
     assert names == {
-        "config.yaml", "run.json", "metrics.jsonl", "clients.parquet", "partition.json", "tiers.json", "checkpoints",
+        "config.yaml", "run.json", "metrics.jsonl", "clients.parquet", "partition.json", "partition.parquet",
+        "tiers.json", "checkpoints",
         "adapter", "wandb", "logs",
     }  # fmt: skip
     told = capsys.readouterr().err
@@ -115,6 +116,10 @@ def test_run_folder(program: Any, capsys: Any, snapshot: Snapshot) -> None:
     assert metrics[-1]["fairness/test_loss_variance"] == pytest.approx(np.var(after))
 
     partition = json.loads((folder / "partition.json").read_text())
+    held = pq.read_table(folder / "partition.parquet").to_pandas()
+    sizes = held[held.use == "train"].groupby("client_id").size()
+    assert sizes.tolist() == partition["sizes"]
+    assert not held.example.duplicated().any()
     assert partition["num_clients"] == len(partition["sizes"]) == 6
     assert partition["mean_pairwise_overlap"] == 0
     assert len(partition["class_edges"]) == 2

@@ -163,6 +163,10 @@ def test_the_example_of_the_docs_runs_and_is_what_the_docs_print(program, monkey
             ["aggregation.svd_device=cuda", "run.device=auto"],
             r"aggregation\.svd_device must be cpu where the run",
         ),
+        (
+            ["training.schedule.warmup_steps=500"],
+            r"training\.schedule\.warmup_steps must be at most the \d+ steps that the largest client makes",
+        ),
         ([PHASES], r"lora\.rank_schedule must be empty with strategy\.name=fedavg"),
         (
             ["strategy.name=centralized", PHASES],

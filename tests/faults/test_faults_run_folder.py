@@ -17,7 +17,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 CASES = 24
 """Of each run; another --fault-seed tries others."""
 
-DERIVED = {"config.yaml", "run.json", "partition.json", "tiers.json", "logs"}
+DERIVED = {"config.yaml", "run.json", "partition.json", "partition.parquet", "tiers.json", "logs"}
 """Files that a start writes again before it comes to what is damaged."""
 
 COMMAND = ["strategy.name=fedsa", "aggregation.server_optimizer.name=fedadam", "training.optimizer.lr=0.05"]

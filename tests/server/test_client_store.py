@@ -9,6 +9,9 @@ from safetensors.torch import save
 
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.errors import CheckpointError, PeerError, RunFolderError, UnreadableError
+from fedsim.lora.factors import AdapterState
+from fedsim.lora.state import ServerState
+from fedsim.server.checkpoint import save_checkpoint
 from fedsim.server.client_store import ClientStore
 from tests.helpers import run_ranks
 
@@ -66,6 +69,17 @@ def test_a_damaged_or_exchanged_state_is_refused(tmp_path):
     assert unnoticed <= 2
     path.write_bytes(whole)
     assert torch.equal(store.load(1, {1: 3})["B|q_proj|B"], torch.full((2, 3), 1.0))
+
+
+def test_tensors_of_a_checkpoint_are_no_state_of_a_client(tmp_path):
+    """Which may lack a checksum, as `test_a_state_without_checksum_is_read_as_before` has it."""
+    store = ClientStore(tmp_path / "clients")
+    store.save(3, 0, tensors(1.0))
+    saved = save_checkpoint(ServerState(1, AdapterState({})), tmp_path / "checkpoints", keep_last=1)
+    (path,) = tmp_path.rglob("client_*")
+    path.write_bytes((saved / "state.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="does not have its checksum"):
+        store.load(3, {3: 0})
 
 
 def test_a_state_without_checksum_is_read_as_before(tmp_path):
