@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedsim.errors import ConfigError, ModelError
 from fedsim.models.tokenizer import one_line
 
@@ -41,6 +39,7 @@ def empty_model(config: Any, name: str, trust_remote_code: bool) -> Any:
     Raises:
         ModelError: the configuration contradicts itself.
     """
+    import torch._dynamo  # models import it, and torch 2.8 cannot within the context below
     from transformers import AutoModelForCausalLM
 
     try:
