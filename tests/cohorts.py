@@ -1,14 +1,16 @@
 """What tests of strategies need: random adapters, cohorts, and one round of a strategy without any training."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
+from hypothesis import strategies as st
 
 from fedsim.aggregation.strategy import Aggregated, Federation, Strategy
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule
-from fedsim.lora.plan import BOTH, NO_STATE, Client, ClientState, absent
+from fedsim.lora.plan import NO_STATE, Client, ClientPlan, ClientState, absent
 from fedsim.lora.state import ServerState
 from fedsim.lora.updates import ClientReport
 
@@ -65,6 +67,96 @@ def random_adapter(
     )
 
 
+@dataclass(frozen=True)
+class CohortCase:
+    """One module and the clients of one round.
+
+    Attributes:
+        out_features, in_features: of the module.
+        largest: largest LoRA rank of any client of the federation; nobody in the cohort need have it.
+        ranks: LoRA rank of each client; may exceed both sides of the module.
+        examples: of each client.
+        alike: all clients end with the same factors, of rank `largest`.
+        content: what they end with: random factors, B = 0, or products of rank 1 at most with one A among all.
+        size: of the values.
+        fresh: B of the server's adapter is 0, as in round 0.
+        seed: of the values.
+    """
+
+    out_features: int
+    in_features: int
+    largest: int
+    ranks: tuple[int, ...]
+    examples: tuple[int, ...]
+    alike: bool
+    content: Literal["random", "zero B", "rank one"]
+    size: float
+    fresh: bool
+    seed: int
+
+    @property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Module -> (in, out features)."""
+        return {"layers.0.q_proj": (self.in_features, self.out_features)}
+
+    def with_one_rank(self) -> "CohortCase":
+        """The same with `largest` as everybody's rank."""
+        return replace(self, ranks=(self.largest,) * len(self.ranks))
+
+    def within_the_module(self) -> "CohortCase":
+        """The same without ranks above the module's smaller side."""
+        most = min(self.out_features, self.in_features)
+        return replace(
+            self, largest=min(self.largest, most), ranks=tuple(min(rank, most) for rank in self.ranks)
+        )
+
+    def train(self, client_id: int, start: AdapterState) -> AdapterState:
+        """What a client ends with, wherever it started."""
+        return self.values(start, 0 if self.alike else client_id)
+
+    def values(self, like: AdapterState, key: int) -> AdapterState:
+        """Factors with the shapes and scalings of `like`."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + key)
+        common = torch.Generator().manual_seed(1000 * self.seed + 999)
+
+        def draw(rows: int, columns: int, source: torch.Generator = generator) -> torch.Tensor:
+            return self.size * torch.randn(rows, columns, generator=source, dtype=torch.float64)
+
+        modules = {}
+        for module, factors in like.items():
+            (rank, i), o = factors.A.shape, factors.B.shape[0]
+            down, up = draw(rank, i), draw(o, rank)
+            if self.content == "zero B":
+                up = torch.zeros_like(up)
+            elif self.content == "rank one":
+                down = draw(1, i, common).expand(rank, i).clone()
+            modules[module] = LoraFactors(down, up, factors.scaling)
+        return AdapterState(modules)
+
+
+@st.composite
+def cohort_cases(draw: Callable[..., Any]) -> CohortCase:
+    """Cohorts of one to five clients on a module of 1 to 9 features on each side, with LoRA ranks up to 12."""
+    num_clients, largest = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    alike = draw(st.booleans())
+
+    def each(values: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return tuple(draw(st.lists(values, min_size=num_clients, max_size=num_clients)))
+
+    return CohortCase(
+        out_features=draw(st.integers(1, 9)),
+        in_features=draw(st.integers(1, 9)),
+        largest=largest,
+        ranks=(largest,) * num_clients if alike else each(st.integers(1, largest)),
+        examples=each(st.integers(1, 30)),
+        alike=alike,
+        content=draw(st.sampled_from(["random", "zero B", "rank one"])),
+        size=draw(st.sampled_from([1.0, 1e-5, 1e5])),
+        fresh=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )
+
+
 def stream(
     adapters: Sequence[AdapterState], modules: Sequence[str] | None = None
 ) -> Iterator[tuple[str, tuple]]:
@@ -105,29 +197,7 @@ def one_round(
     for client_id in sorted(ranks):
         client = Client(client_id, ranks[client_id], kept.get(client_id, NO_STATE))
         plan = strategy.plan(state, client, strategy.download(state, client.lora_ranks))
-        trained = train(client_id, plan.start)
-        if plan.trains != BOTH:
-            trained = AdapterState(
-                {
-                    m: LoraFactors(
-                        f.A if "A" in plan.trains else plan.start[m].A,
-                        f.B if "B" in plan.trains else plan.start[m].B,
-                        f.scaling,
-                    )
-                    for m, f in trained.items()
-                }
-            )
-        if plan.mask is not None:
-            trained = AdapterState(
-                {
-                    m: LoraFactors(
-                        torch.where(plan.mask[m].A, f.A, plan.start[m].A),
-                        torch.where(plan.mask[m].B, f.B, plan.start[m].B),
-                        f.scaling,
-                    )
-                    for m, f in trained.items()
-                }
-            )
+        trained = settled(plan, train(client_id, plan.start))
         report = make_report(client_id, 10 if num_examples is None else num_examples[client_id])
         upload = strategy.upload(state, client, plan, trained, report)
         if upload.client_state is not None:
@@ -135,6 +205,23 @@ def one_round(
         uploads.append(_sent(upload.adapter, strategy.sends(state)))
         reports.append(report)
     return strategy.aggregate(state, reports, stream(uploads))
+
+
+def settled(plan: ClientPlan, trained: AdapterState) -> AdapterState:
+    """What training ends with: values that the plan does not train are those of its start."""
+
+    def of_module(module: str, factors: LoraFactors) -> LoraFactors:
+        start = plan.start[module]
+        sides = {side: getattr(factors if side in plan.trains else start, side) for side in ("A", "B")}
+        if plan.mask is not None:
+            mask = plan.mask[module]
+            sides = {
+                side: torch.where(getattr(mask, side), tensor, getattr(start, side))
+                for side, tensor in sides.items()
+            }
+        return LoraFactors(sides["A"], sides["B"], factors.scaling)
+
+    return AdapterState({module: of_module(module, factors) for module, factors in trained.items()})
 
 
 def _sent(adapter: AdapterState, sides: frozenset) -> AdapterState:

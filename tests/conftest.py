@@ -1,4 +1,7 @@
-"""Settings for all tests: one thread, no network, a cache of their own, and how workers of pytest-xdist share them."""
+"""Settings for all tests: one thread, no network, a cache of their own, and how workers of pytest-xdist share them.
+
+Nothing but what hangs fails by the clock: the limits of pytest-timeout and of tests are many times what they take.
+"""
 
 import logging
 import os
@@ -16,11 +19,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 from xdist.scheduler.protocol import Scheduling
 
 torch.set_num_threads(1)
+
+settings.register_profile("fedsim", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedsim")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

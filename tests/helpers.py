@@ -16,6 +16,7 @@ import torch
 
 from fedsim.comm.group import Group, join_group
 from fedsim.data.corpus import TextSet
+from fedsim.data.prompts import PromptedTexts, Template
 from fedsim.data.tokens import TokenStore, build_token_store
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -84,6 +85,21 @@ def random_texts(num_texts: int, seed: int = 0, longest: int = 20, vocabulary: i
 def make_store(texts: Sequence[str], max_tokens: int = 32) -> TokenStore:
     """A token store of plain texts."""
     return build_token_store(TextSet(list(texts), None, None), word_tokenizer(), max_tokens, "error", "test")
+
+
+def make_answer_store(num_examples: int, seed: int = 0, max_tokens: int = 32) -> TokenStore:
+    """A token store of prompts of 0 to 12 words and answers of 1 to 8: only the answers are label tokens."""
+    generator = np.random.default_rng(seed)
+
+    def texts(shortest: int, longest: int) -> list[str]:
+        lengths = generator.integers(shortest, longest + 1, num_examples)
+        return [" ".join(f"w{word}" for word in generator.integers(3, VOCABULARY, size)) for size in lengths]
+
+    prompts, answers = texts(0, 12), texts(1, 8)
+    template = Template("{instruction} ", "{instruction} ")
+    parts = np.zeros(num_examples, dtype=np.int8)
+    prompted = PromptedTexts(template, prompts, [""] * num_examples, [[answer] for answer in answers], parts)
+    return build_token_store(TextSet(prompted), word_tokenizer(), max_tokens, "error", "test")
 
 
 def run_ranks(

@@ -86,7 +86,7 @@ def gather_with_a_busy_owner(group: Group, folder: Path, ahead: int) -> list[str
     for module, _ in gather_stacks(group, {group.rank: AdapterState(dict.fromkeys(owners, like))}, owners):
         seen.append(module)
         (folder / module).touch()
-        for _ in range(100 if seen == ["a"] else 0):
+        for _ in range((1500 if ahead else 100) if seen == ["a"] else 0):
             if (folder / "d").exists():
                 seen.append("d was elsewhere")
                 break

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 JOIN_S, PATIENCE_S, SHORT_S = 4.0, 2.0, 1.0
-BOUND_S = JOIN_S + PATIENCE_S + 3 * SHORT_S
-"""The library tries a connection twice, each time for at most SHORT_S; a second for the end of the process."""
+BOUND_S = 60.0
+"""A process that keeps to its limits needs less than 10 s, on a busy machine a few times that; the limits it must not
+wait for, those of the library or of the case, are of `FOREVER_S`."""
+
+FOREVER_S = 1000.0
 
 PROGRAM = f"""
 import logging, os, signal, sys, time
@@ -23,6 +26,7 @@ from fedsim.errors import ConfigError, LostRankError
 meeting.PATIENCE_S, meeting.SHORT_S = {PATIENCE_S}, {SHORT_S}
 logging.basicConfig(level=logging.ERROR, format="%(message)s")
 rank, world_size, method, fate = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+join_s = {FOREVER_S} if fate.startswith("says ") else {JOIN_S}
 if fate == "dies after joining":
     meeting.MeetingPoint(method, rank, world_size).wait_for_all({JOIN_S})
     os.kill(os.getpid(), signal.SIGKILL)
@@ -33,12 +37,12 @@ if fate == "dies with the store":
 print("began", flush=True)
 try:
     if fate.startswith("says "):
-        meeting.MeetingPoint(method, rank, world_size).wait_for_all({JOIN_S}, fate.removeprefix("says "))
+        meeting.MeetingPoint(method, rank, world_size).wait_for_all(join_s, fate.removeprefix("says "))
 except ConfigError as error:
     print(f"ConfigError: {{error}}", file=sys.stderr)
     sys.exit(2)
 try:
-    join_group(rank, world_size, torch.device("cpu"), "gloo", 1000.0, method, join_timeout_s={JOIN_S})
+    join_group(rank, world_size, torch.device("cpu"), "gloo", {FOREVER_S}, method, join_timeout_s=join_s)
 except LostRankError as error:
     print(f"LostRankError: {{error}}", file=sys.stderr)
     sys.exit(1)
@@ -84,7 +88,7 @@ def test_one_that_dies_between_joining_and_connecting(store: str, tmp_path: Path
     other.communicate(timeout=60)
 
     assert code == 1, said
-    assert took_s < BOUND_S, "the library alone would wait for comm.timeout_s, which is 1000 s here"
+    assert took_s < BOUND_S, "the library alone would wait for comm.timeout_s"
     assert "the 2 processes must find each other" in said
     assert "comm.join_timeout_s" in said or "could not connect" in said, said
 
@@ -105,7 +109,7 @@ def test_one_that_never_comes_is_named() -> None:
     code, said, took_s = end_of(start(0, 2, "env://", "lives", port))
 
     assert code == 1, said
-    assert JOIN_S * 0.9 < took_s < BOUND_S
+    assert JOIN_S / 2 < took_s < BOUND_S
     assert "rank 1 had not come" in said
 
 
@@ -125,4 +129,4 @@ def test_processes_on_cpus_and_on_gpus_are_told_so(store: str, tmp_path: Path) -
             "run.device must come to the same on all processes, got the CPU on ranks 1, 2 and a GPU on the"
             in said
         )
-        assert took_s < JOIN_S + PATIENCE_S
+        assert took_s < BOUND_S

@@ -137,6 +137,48 @@ def test_sizes_follow_the_dirichlet_distribution(alpha: float) -> None:
     assert np.abs(shares.mean(axis=0) - 1 / num_clients).max() < 5 * np.sqrt(variance / 1500)
 
 
+MANY_CLIENTS, MANY_CLASSES = 1000, 4
+MANY_EXAMPLES = np.arange(MANY_CLIENTS * 200) % MANY_CLASSES
+"""Equal classes, and enough of each that rounding to whole examples does not show in a client's shares."""
+
+
+def by_equal_sizes(alpha: float, seed: int) -> Deal:
+    return deal_length_skew(MANY_EXAMPLES, MANY_CLASSES, MANY_CLIENTS, alpha, None, generator(seed))
+
+
+def by_drawn_sizes(alpha: float, seed: int) -> Deal:
+    return deal_length_and_quantity(
+        MANY_EXAMPLES, MANY_CLASSES, MANY_CLIENTS, alpha, 5.0, 80, generator(seed)
+    )
+
+
+def errors_from_dirichlet(deal: Deal, alpha: float) -> float:
+    """How far the variance of a client's class shares is from that of Dirichlet(alpha), in standard errors.
+
+    The variance is (1 / C) (1 - 1 / C) / (C alpha + 1). Clients are drawn independently, so the standard error is that
+    of a mean over K clients. That totals are fitted to the corpus takes about 1 / K of the variance, and rounding adds
+    1 / (12 n^2) at most, with n >= 80: together less than a third of a standard error.
+    """
+    shares = counts_of(deal, MANY_EXAMPLES) / np.diff(deal.offsets)[:, None]
+    squares = ((shares - 1 / MANY_CLASSES) ** 2).mean(axis=1)
+    variance = (1 / MANY_CLASSES) * (1 - 1 / MANY_CLASSES) / (MANY_CLASSES * alpha + 1)
+    return float((squares.mean() - variance) / (squares.std() / np.sqrt(MANY_CLIENTS)))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 30.0])
+@pytest.mark.parametrize("deal", [by_equal_sizes, by_drawn_sizes])
+def test_mixes_follow_the_dirichlet_distribution(deal: Callable[[float, int], Deal], alpha: float) -> None:
+    assert abs(errors_from_dirichlet(deal(alpha, 0), alpha)) < 4
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 30.0])
+@pytest.mark.parametrize("deal", [by_equal_sizes, by_drawn_sizes])
+def test_mixes_of_another_alpha_would_be_seen(deal: Callable[[float, int], Deal], alpha: float) -> None:
+    """Contrast: three times alpha, or a third of it."""
+    assert errors_from_dirichlet(deal(3 * alpha, 0), alpha) < -15
+    assert errors_from_dirichlet(deal(alpha / 3, 0), alpha) > 15
+
+
 def test_too_large_a_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(class_mixes, "MAX_CELLS", 99)
 

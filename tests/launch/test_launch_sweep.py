@@ -116,7 +116,7 @@ def test_a_sweep_that_is_stopped_begins_no_other_run(tmp_path, number):
     """And hands SIGTERM on; a Ctrl-C reaches the runs by itself."""
     work = (
         "import signal, sys, time, pathlib; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
-        f"pathlib.Path(r'{tmp_path}', sys.argv[1]).touch(); time.sleep(1.5 if {int(number)} == 2 else 30)"
+        f"pathlib.Path(r'{tmp_path}', sys.argv[1]).touch(); time.sleep(4 if {int(number)} == 2 else 30)"
     )
     program = (
         "import sys; from launch.local import Plan; from launch.sweep import run_all; "
@@ -124,7 +124,7 @@ def test_a_sweep_that_is_stopped_begins_no_other_run(tmp_path, number):
         "sys.exit(run_all(plans, ['a', 'b', 'c'], 1))"
     )
     sweep = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "0").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     sweep.send_signal(number)

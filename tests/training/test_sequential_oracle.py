@@ -75,12 +75,13 @@ def train_with_peft(
     store: Any,
     local: LocalSettings,
     folder: Any,
+    target_modules: tuple[str, ...] = TARGETS,
 ) -> tuple[dict[str, LoraFactors], list[float]]:
     """The same client through PEFT, torch.optim and the schedule of Hugging Face's trainer."""
     from peft import PeftModel
     from transformers import get_scheduler
 
-    save_peft_adapter(start, folder, "base", TARGETS)
+    save_peft_adapter(start, folder, "base", target_modules)
     model = PeftModel.from_pretrained(
         base, str(folder), is_trainable=True, autocast_adapter_dtype=False
     ).eval()
