@@ -1,5 +1,6 @@
 """Figures of single runs: test loss of chosen clients, singular values of the average update."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,22 @@ NUM_CURVES = 3
 """Clients in a panel where none are chosen, as in arXiv 2502.18910, figures 8 and 9."""
 
 MOST_PANELS = 6
+SAME_LOSS = 1e-5
+"""Relative difference up to which two losses are those of one model on one set, in batches of other shapes."""
+
+GLOBAL_LOSS = "global test loss"
+BEFORE_TRAINING = "global model on the clients' test examples"
+COHORT_MEAN = "mean of the cohort"
+THIN_LINES = {
+    GLOBAL_LOSS: "The thin line 'global test loss' is the global model's, on the examples that clients are tested on.",
+    BEFORE_TRAINING: "The thin line 'global model on the clients' test examples' is the mean over a round's clients "
+    "before local training, of what they received and on the examples that they are tested on: the global test loss is "
+    "on others (evaluation.client_test, evaluation.max_client_test_examples).",
+    COHORT_MEAN: "The thin line 'mean of the cohort' is over a round's clients after local training, since there is no "
+    "global model.",
+}
+"""Name of a thin line -> what it is."""
+
 FIRST_SEED = "Of several seeds the lowest is shown, because a client has other texts under another seed."
 
 
@@ -61,7 +78,7 @@ def client_curves(groups: Sequence[Group], client_ids: Sequence[int] | None = No
             legend_below(figure, axes[0])
         caption = (
             f"Test loss of single clients after local training, in the rounds in which they took part. {FIRST_SEED} "
-            "The thin line is the run's global test loss or, without a global model, the cohort's mean."
+            f"{_thin_text([group.first for group, _ in part])}"
         )
         name = "client_curves" if number == 1 else f"client_curves_{number}"
         pictures.append(Picture(name, "Test loss of single clients", caption, figure))
@@ -109,9 +126,40 @@ def _tested_most(runs: Sequence[RunRecord]) -> list[int]:
     return sorted(most)
 
 
-def _average_name(run: RunRecord) -> str:
-    """What `test/loss` is: without a global model there is none before training."""
-    return "global test loss" if run.values("test/loss_initial") else "mean of the cohort"
+def _tests_alike(run: RunRecord) -> bool:
+    """Whether clients are tested on the examples of the global test loss, all of them.
+
+    Run folders do not hold the number of test examples, which decides whether a limit drops any. But the global model
+    has one loss on one set: that of the clients' tests before training is then the global one of the round before.
+    """
+    if run.config["evaluation.client_test"] != "common":
+        return False
+    if all(run.config[f"evaluation.max_{whose}test_examples"] is None for whose in ("", "client_")):
+        return True
+    before = run.values("fairness/test_loss_mean_before")
+    known = {index + 1: loss for index, loss in run.values("test/loss").items()}
+    known |= run.values("test/loss_initial")
+    shared = before.keys() & known.keys()
+    return bool(shared) and all(
+        math.isclose(before[index], known[index], rel_tol=SAME_LOSS) for index in shared
+    )
+
+
+def _thin_line(run: RunRecord) -> tuple[str, dict[int, float]]:
+    """What single clients are compared with: its name, and rounds completed -> loss."""
+    after = {index + 1: loss for index, loss in run.values("test/loss").items()}
+    if not run.values("test/loss_initial"):
+        return COHORT_MEAN, after  # on the clients' tests, as there is no global model
+    if _tests_alike(run):
+        return GLOBAL_LOSS, after
+    # before a round the clients hold the model of all rounds until then
+    return BEFORE_TRAINING, run.values("fairness/test_loss_mean_before")
+
+
+def _thin_text(runs: Sequence[RunRecord]) -> str:
+    """The sentences of a caption about the thin lines that there are."""
+    names = [name for name, line in map(_thin_line, runs) if line]
+    return " ".join(THIN_LINES[name] for name in THIN_LINES if name in names)
 
 
 def _client_name(client_id: int) -> str:
@@ -124,12 +172,11 @@ def _draw_curves(axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"]) -> N
     for index, (client_id, (x, loss)) in enumerate(curves.items()):
         every = max(1, len(x) // 15)
         axes.plot(x, loss, label=_client_name(client_id), markevery=every, **look(index))
-    average = run.values("test/loss")
+    name, average = _thin_line(run)
     if average:
         rounds = sorted(average)
-        losses = [average[index] for index in rounds]
         thin: dict[str, Any] = {"color": "#555555", "linewidth": 1.0, "marker": ".", "markersize": 3}
-        axes.plot([index + 1 for index in rounds], losses, label=_average_name(run), **thin)
+        axes.plot(rounds, [average[index] for index in rounds], label=name, **thin)
 
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]

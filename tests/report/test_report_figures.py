@@ -172,7 +172,7 @@ def test_labels_get_a_partition_figure_of_their_own(tmp_path):
 def test_chosen_clients_are_drawn_and_others_are_not(two_arms):
     drawn = pictures_of(two_arms, client_ids=[2])
     for axes in axes_of(drawn["client_curves"]):
-        assert [line.get_label() for line in axes.lines] == ["client 2", "global test loss"]
+        assert [line.get_label() for line in axes.lines][:-1] == ["client 2"]
         assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
 
 
@@ -190,6 +190,41 @@ def test_panels_show_the_same_clients_where_they_can(tmp_path):
     shown = [[line.get_label() for line in axes.lines][:-1] for axes in axes_of(drawn)]
     assert shown[0] == ["client 0"]  # a single client: sorted first by data.partition.num_clients
     assert shown[1:] == [["client 0", "client 1", "client 2"]] * 2
+
+
+def losses_before(folder, losses, *settings, **options):
+    """A run whose global model has test losses 5.5, 4 and 3 before its rounds, and these on the clients' examples."""
+    return write_run(
+        folder,
+        *settings,
+        rounds=3,
+        extra=lambda at: {"test/loss": (4.0, 3.0, 2.0)[at], "fairness/test_loss_mean_before": losses[at]},
+        **options,
+    )
+
+
+def test_clients_that_are_tested_on_other_examples_have_the_global_model_on_those_beside_them(tmp_path):
+    """The global test loss is on another set, and would be another level on the same axis."""
+    other, same = "global model on the clients' test examples", "global test loss"
+    losses_before(tmp_path, (5.4, 3.9, 2.9), name="subset")
+    # a limit that leaves all examples changes nothing, but for rounding
+    losses_before(tmp_path, (5.5, 4.0 + 1e-7, 3.0), "lora.rank=2", name="all")
+    own = ("evaluation.client_test=own_split", "data.client_test_fraction=0.2")
+    losses_before(tmp_path, (5.5, 4.0, 3.0), "lora.rank=3", *own, name="own")
+    none = ("evaluation.max_client_test_examples=null", "evaluation.max_test_examples=null")
+    losses_before(tmp_path, (5.4, 3.9, 2.9), "lora.rank=4", *none, name="no-limit")
+    thin = {}
+    for run in ("subset", "all", "own", "no-limit"):
+        picture = pictures_of(tmp_path / run)["client_curves"]
+        check(picture)
+        line = axes_of(picture)[0].lines[-1]
+        thin[run] = line.get_label(), line.get_xydata().tolist()
+        assert [f"'{name}'" in picture.caption for name in (other, same)] == [
+            line.get_label() == name for name in (other, same)
+        ]
+    assert thin["subset"] == (other, [[0, 5.4], [1, 3.9], [2, 2.9]])
+    assert thin["own"] == (other, [[0, 5.5], [1, 4.0], [2, 3.0]])
+    assert thin["all"] == thin["no-limit"] == (same, [[1, 4.0], [2, 3.0], [3, 2.0]])
 
 
 def test_without_a_global_model_the_thin_line_is_the_mean(tmp_path):
