@@ -12,6 +12,7 @@ from fedsim.report.folders import ROUND, RunRecord
 from fedsim.report.groups import Group, seed_of
 from fedsim.report.style import (
     LOSS,
+    MOST_LINES,
     ROUNDS,
     Picture,
     chunks,
@@ -92,12 +93,10 @@ def spectra(groups: Sequence[Group]) -> list[Picture]:
     for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
         figure, axes = panels(len(part), sharey=True)
         for one, group in zip(axes, part, strict=True):
-            rounds = _rounds_with_values(group.first)
-            for index, at in enumerate(sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})):
-                mean, low, high = _over_modules(group.first.spectra[at])
+            for index, (label, (mean, low, high)) in enumerate(_spectrum_lines(group.first)):
                 x = np.arange(1, len(mean) + 1)
                 style = look(index)
-                one.plot(x, mean, label=f"round {at + 1}", markevery=max(1, len(x) // 12), **style)
+                one.plot(x, mean, label=label, markevery=max(1, len(x) // 12), **style)
                 one.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             one.set_yscale("log")
             title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
@@ -109,8 +108,10 @@ def spectra(groups: Sequence[Group]) -> list[Picture]:
         if len(part) == 1:
             legend_below(figure, axes[0])
         caption = (
-            "Singular values of the average update, largest first: geometric mean over modules, bands from the "
-            "least to the most; those at 0 are left out. Of several seeds the lowest is shown."
+            "Singular values of the average update, largest first: geometric mean over the modules with equally many, "
+            "bands from the least to the most. A line ends where the first of its modules has no more above 0; modules "
+            "without any are left out. First, middle and last round, or the last alone where that were more than "
+            f"{MOST_LINES} lines. Of several seeds the lowest is shown."
         )
         name = "spectra" if number == 1 else f"spectra_{number}"
         pictures.append(Picture(name, "Singular values of the average update", caption, figure))
@@ -205,18 +206,40 @@ def _rounds_with_values(run: RunRecord) -> list[int]:
     )
 
 
-def _over_modules(values: object) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Geometric mean, least and most of the modules' positive singular values, by index."""
-    assert isinstance(values, dict)
-    longest = max(len(one) for one in values.values())
-    table = np.full((len(values), longest), np.nan)
-    for row, one in enumerate(values.values()):
-        table[row, : len(one)] = one
-    table[~(table > 0)] = np.nan
-    used = ~np.isnan(table).all(axis=0)
-    table = np.log(table[:, used])
-    return (
-        np.exp(np.nanmean(table, axis=0)),
-        np.exp(np.nanmin(table, axis=0)),
-        np.exp(np.nanmax(table, axis=0)),
-    )
+def _spectrum_lines(run: RunRecord) -> list[tuple[str, "Band"]]:
+    """Lines of a panel: for each round shown one for each number of singular values that modules have there."""
+    rounds = _rounds_with_values(run)
+    shown = sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})
+    by_round = {at: _by_length(run.spectra[at]) for at in shown}
+    if sum(map(len, by_round.values())) > MOST_LINES:
+        by_round = {rounds[-1]: by_round[rounds[-1]]}
+    lines = []
+    for at, by_length in by_round.items():
+        commonest = sorted(by_length, key=lambda length: -len(by_length[length]))[:MOST_LINES]
+        for length in sorted(commonest):
+            number = len(by_length[length])
+            of = f", {number} module{'s' * (number != 1)} of {length} values" if len(by_length) > 1 else ""
+            lines.append((f"round {at + 1}{of}", _over_modules(by_length[length])))
+    return lines
+
+
+def _by_length(modules: Mapping[str, Sequence[float]]) -> dict[int, list[Sequence[float]]]:
+    """Number of recorded singular values -> those of the modules that have as many, and some above 0."""
+    found: dict[int, list[Sequence[float]]] = {}
+    for values in modules.values():
+        if any(value > 0 for value in values):
+            found.setdefault(len(values), []).append(values)
+    return found
+
+
+Band = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def _over_modules(values: Sequence[Sequence[float]]) -> Band:
+    """Geometric mean, least and most by index, as far as each of the modules has a positive singular value.
+
+    Beyond that the mean would be over fewer modules, and could rise.
+    """
+    table = np.array(values, dtype=np.float64)
+    table = np.log(table[:, : int((table > 0).sum(axis=1).min())])
+    return np.exp(table.mean(axis=0)), np.exp(table.min(axis=0)), np.exp(table.max(axis=0))

@@ -303,3 +303,39 @@ def test_singular_values_that_are_all_zero_are_no_figure(tmp_path):
     run = write_run(tmp_path, rounds=1, spectra=True)
     (run / "spectra.jsonl").write_text('{"round_index": 0, "layer": [0.0, 0.0]}\n')
     assert "spectra" not in pictures_of(run)
+
+
+def drawn_spectra(picture):
+    """Label -> values, of the only panel."""
+    (axes,) = axes_of(picture)
+    assert [axes.get_xlabel(), axes.get_ylabel()] == ["index of the singular value", "singular value"]
+    return {line.get_label(): line.get_ydata() for line in axes.lines}
+
+
+def test_the_mean_over_modules_is_over_the_same_ones_along_a_line(tmp_path):
+    """Two modules with few and small values must not lift the mean where they end."""
+
+    def values(round_index):
+        long = {"a": (16.0, 8.0, 4.0, 2.0), "b": (4.0, 2.0, 1.0, 0.5)}
+        return {**long, "c": (0.01, 0.001), "d": (0.04, 0.0), "zero": (0.0, 0.0)}
+
+    picture = pictures_of(write_run(tmp_path, rounds=2, values=values))["spectra"]
+    check(picture)
+    drawn = drawn_spectra(picture)
+    assert list(drawn) == [f"round {at}, 2 modules of {number} values" for at in (1, 2) for number in (2, 4)]
+    np.testing.assert_allclose(drawn["round 1, 2 modules of 4 values"], [8.0, 4.0, 2.0, 1.0])
+    np.testing.assert_allclose(drawn["round 1, 2 modules of 2 values"], [0.02])  # d has no second one
+    for line in drawn.values():
+        assert np.all(np.diff(line) < 0)
+
+
+def test_modules_of_many_lengths_are_drawn_after_the_last_round_only(tmp_path):
+    def values(round_index):
+        return {f"m{size}": tuple(0.5**place for place in range(size)) for size in range(1, 12)} | {
+            "again": (1.0,) * 11
+        }
+
+    drawn = drawn_spectra(pictures_of(write_run(tmp_path, rounds=3, values=values))["spectra"])
+    assert len(drawn) == len(COLOURS)
+    assert all(label.startswith("round 3, ") for label in drawn)
+    assert "round 3, 2 modules of 11 values" in drawn
