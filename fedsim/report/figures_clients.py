@@ -18,6 +18,7 @@ from fedsim.report.style import (
     chunks,
     label_axes,
     legend_below,
+    legend_of_all,
     look,
     panels,
     rounds_axis,
@@ -66,17 +67,19 @@ def client_curves(groups: Sequence[Group], client_ids: Sequence[int] | None = No
     pictures = []
     for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
         figure, axes = panels(len(part), sharey=True)
+        clients = sorted({client_id for _, curves in part for client_id in curves})
+        looks = {client_id: look(index) for index, client_id in enumerate(clients)}
         for one, (group, curves) in zip(axes, part, strict=True):
-            _draw_curves(one, group.first, curves)
+            _draw_curves(one, group.first, curves, looks)
             title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
             label_axes(one, ROUNDS, LOSS)
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
             rounds_axis(one)
-            if len(part) > 1:
+            if len(clients) > MOST_LINES:  # looks come again
                 one.legend(fontsize=7, handlelength=3.0)
-        if len(part) == 1:
-            legend_below(figure, axes[0])
+        if len(clients) <= MOST_LINES:
+            legend_of_all(figure, axes)
         caption = (
             f"Test loss of single clients after local training, in the rounds in which they took part. {FIRST_SEED} "
             f"{_thin_text([group.first for group, _ in part])}"
@@ -168,11 +171,13 @@ def _client_name(client_id: int) -> str:
     return f"client {client_id}" if client_id >= 0 else "all clients' data together"
 
 
-def _draw_curves(axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"]) -> None:
+def _draw_curves(
+    axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"], looks: Mapping[int, Mapping[str, Any]]
+) -> None:
     """A line per client, and a thin one for the run's own test loss."""
-    for index, (client_id, (x, loss)) in enumerate(curves.items()):
+    for client_id, (x, loss) in curves.items():
         every = max(1, len(x) // 15)
-        axes.plot(x, loss, label=_client_name(client_id), markevery=every, **look(index))
+        axes.plot(x, loss, label=_client_name(client_id), markevery=every, **looks[client_id])
     name, average = _thin_line(run)
     if average:
         rounds = sorted(average)

@@ -192,6 +192,20 @@ def test_panels_show_the_same_clients_where_they_can(tmp_path):
     assert shown[1:] == [["client 0", "client 1", "client 2"]] * 2
 
 
+def test_a_client_looks_alike_in_all_panels_and_no_legend_covers_a_curve(tmp_path):
+    write_run(tmp_path, "lora.rank=1", name="a", rounds=4)
+    write_run(tmp_path, "lora.rank=2", name="b", rounds=1, num_clients=20, cohort=2)  # clients 0 and 1
+    picture = pictures_of(tmp_path, client_ids=[1, 3])["client_curves"]
+    looks = {}
+    for axes in axes_of(picture):
+        assert axes.get_legend() is None
+        for line in axes.lines:
+            looks.setdefault(line.get_label(), set()).add((line.get_color(), line.get_marker()))
+    assert all(len(found) == 1 for found in looks.values())
+    (legend,) = picture.figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == set(looks)
+
+
 def losses_before(folder, losses, *settings, **options):
     """A run whose global model has test losses 5.5, 4 and 3 before its rounds, and these on the clients' examples."""
     return write_run(
