@@ -3,12 +3,13 @@
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Series, Spread
+from fedsim.report.groups import Group, Series, Spread, most_seeds, with_seeds
 from fedsim.report.style import (
     COLOURS,
     HATCHES,
@@ -94,7 +95,11 @@ def _lines(
     initial_key: str | None = None,
 ) -> list[Picture]:
     """A line per group that has the metric."""
-    found = [(group.label, series) for group in groups if (series := group.series(key, initial_key))]
+    found = [
+        (with_seeds(group.label, series.num_seeds, most_seeds(groups)), series)
+        for group in groups
+        if (series := group.series(key, initial_key))
+    ]
     return line_pictures(found, name, heading, unit, caption)
 
 
@@ -138,7 +143,9 @@ def class_loss_by_round(groups: Sequence[Group]) -> list[Picture]:
             texts = class_names(group.first)
             for index, line in series.items():
                 draw_series(one, line, texts.get(index, f"class {index}"), class_look(index, max(series) + 1))
-            title(one, group.label, 55 if len(part) > 1 else 100)
+            num_seeds = max(line.num_seeds for line in series.values())
+            heading = with_seeds(group.label, num_seeds, most_seeds(groups))
+            title(one, heading, 55 if len(part) > 1 else 100)
             _by_round(one, LOSS)
             finish_value_axis(one, [line.mean for line in series.values()])
         legend_below(figure, axes[[series for _, series in part].index(most)])
@@ -169,7 +176,9 @@ def class_loss_at_end(groups: Sequence[Group]) -> list[Picture]:
             error = np.array(
                 [(spread.mean - spread.low, spread.high - spread.mean) for spread in losses.values()]
             )
-            axes.errorbar(x, mean, yerror_of(error.T), label=plain(group.label), capsize=3, **look(index))
+            tested = group.seeds_with(lambda run, group=group: _any_class_loss(run, group))  # type: ignore[misc]
+            label = with_seeds(group.label, tested, most_seeds(groups))
+            axes.errorbar(x, mean, yerror_of(error.T), label=plain(label), capsize=3, **look(index))
         texts = class_names(part[0][0].first)
         axes.set_xticks(
             range(num_classes),
@@ -218,7 +227,11 @@ def final_loss(groups: Sequence[Group]) -> list[Picture]:
                 continue
             y, x = np.array(places, dtype=np.float64).T
             axes.plot(x, y, label=f"seed {seed}", **{**look(index), "linewidth": 0.8})
-        texts = [textwrap.fill(plain(group.label), 44) for group, _ in measured]
+        tested = [group.seeds_with(lambda run: run.last("test/loss")) for group, _ in measured]
+        texts = [
+            textwrap.fill(plain(with_seeds(group.label, count, most_seeds(groups))), 44)
+            for (group, _), count in zip(measured, tested, strict=True)
+        ]
         axes.set_yticks(range(len(texts)), texts, fontsize=8)
         axes.set_ylim(len(texts) - 0.5, -0.5)
         label_axes(axes, f"final {LOSS}", "configuration")
@@ -254,15 +267,14 @@ def communication(groups: Sequence[Group]) -> list[Picture]:
     for group in groups:
         loss, total = group.series("test/loss", "test/loss_initial"), _cumulative_bytes(group)
         if loss is not None and total and total[max(total)] > 0:
-            curves.append((group.label, loss, np.array([total.get(int(x), 0.0) for x in loss.x])))
+            label = with_seeds(group.label, loss.num_seeds, most_seeds(groups))
+            curves.append((label, loss, np.array([total.get(int(x), 0.0) for x in loss.x])))
     pictures = []
     for number, part in enumerate(chunks(curves, MOST_LINES), start=1):
         name, size = byte_unit(max(float(sent.max()) for _, _, sent in part))
         figure, (axes,) = panels(1, height=3.6)
         for index, (label, loss, sent) in enumerate(part):
-            draw_series(
-                axes, Series(sent / size, loss.mean, loss.low, loss.high, loss.count), label, look(index)
-            )
+            draw_series(axes, replace(loss, x=sent / size), label, look(index))
         label_axes(axes, f"cumulative communication, up and down, all clients ({name})", LOSS)
         finish_value_axis(axes, [loss.low for _, loss, _ in part])
         positive = np.concatenate([sent[sent > 0] for _, _, sent in part])
@@ -303,7 +315,12 @@ def time_breakdown(groups: Sequence[Group]) -> list[Picture]:
     names = [phase for phase in PHASES if any(phase in seconds for _, seconds in found)]
     names += sorted({phase for _, seconds in found for phase in seconds} - {*names, "round_s", "rest"})
     names += ["rest"] if any(seconds.get("rest", 0.0) > 0 for _, seconds in found) else []
-    texts = [textwrap.fill(plain(group.label), 44) for group, _ in found]
+    most = most_seeds(groups)
+    labels = [
+        with_seeds(group.label, group.seeds_with(lambda run: mean_of(run, "time/round_s")), most)
+        for group, _ in found
+    ]
+    texts = [textwrap.fill(plain(label), 44) for label in labels]
     figure, (axes,) = panels(1, height=0.8 + sum(max(0.4, 0.18 * (text.count("\n") + 1)) for text in texts))
     y = np.arange(len(found))[::-1]
     left = np.zeros(len(found))
@@ -370,6 +387,12 @@ def _class_losses_at_end(group: Group) -> dict[int, Spread]:
         for index, key in _class_keys(group).items()
     }
     return {index: spread for index, spread in spreads.items() if spread is not None}
+
+
+def _any_class_loss(run: RunRecord, group: Group) -> float | None:
+    """Of the last round, the loss of one of the length classes that the run measured."""
+    losses = (next(reversed(run.values(key).values()), None) for key in _class_keys(group).values())
+    return next((loss for loss in losses if loss is not None), None)
 
 
 def _class_keys(group: Group) -> dict[int, str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsim.report.figures_rounds import OVER_SEEDS, line_pictures
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Series, seed_of
+from fedsim.report.groups import Group, Series, most_seeds, seed_of, with_seeds
 from fedsim.report.style import (
     MOST_LINES,
     ROUNDS,
@@ -79,7 +79,9 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
         for one, (group, lines) in zip(axes, part, strict=True):
             for index, (rank, series) in enumerate(lines.items()):
                 draw_series(one, series, f"LoRA rank {rank}", look(index))
-            title(one, group.label, 55 if len(part) > 1 else 100)
+            num_seeds = max(series.num_seeds for series in lines.values())
+            heading = with_seeds(group.label, num_seeds, most_seeds(groups))
+            title(one, heading, 55 if len(part) > 1 else 100)
             label_axes(one, ROUNDS, "share of energy kept")
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
@@ -96,9 +98,16 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
 
 def rank_collapse(groups: Sequence[Group]) -> list[Picture]:
     """Energy beyond the smallest rank of any tier, and effective rank, by round; a line per group."""
-    beyond = [(group.label, series) for group in groups if (series := group.series_of(_beyond_smallest))]
+    most = most_seeds(groups)
+    beyond = [
+        (with_seeds(group.label, series.num_seeds, most), series)
+        for group in groups
+        if (series := group.series_of(_beyond_smallest))
+    ]
     effective = [
-        (group.label, series) for group in groups if (series := group.series("spectrum/effective_rank"))
+        (with_seeds(group.label, series.num_seeds, most), series)
+        for group in groups
+        if (series := group.series("spectrum/effective_rank"))
     ]
     return line_pictures(
         beyond,

@@ -43,13 +43,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A metric by rounds completed, over the seeds that have it: mean, least, most, number of runs."""
+    """A metric by rounds completed, over the runs that have it: mean, least, most, number of runs.
+
+    `num_seeds` are those that have it in any round.
+    """
 
     x: NDArray[np.float64]
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     count: NDArray[np.int64]
+    num_seeds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,11 @@ class Group:
     def first(self) -> RunRecord:
         """The counted run of the lowest seed."""
         return self.runs[0]
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the counted runs."""
+        return len({run.seed for run in self.runs})
 
     @property
     def is_finished(self) -> bool:
@@ -94,9 +103,11 @@ class Group:
     def series_of(self, values: Callable[[RunRecord], Mapping[int, float]]) -> Series | None:
         """What `values` gives for each run, rounds completed -> value; None where no run has any."""
         by_round: dict[int, list[float]] = {}
+        seeds = set()
         for run in self.runs:
             for index, value in values(run).items():
                 by_round.setdefault(index, []).append(value)
+                seeds.add(run.seed)
         if not by_round:
             return None
         rounds = sorted(by_round)
@@ -107,11 +118,16 @@ class Group:
             low=np.array([min(at) for at in found]),
             high=np.array([max(at) for at in found]),
             count=np.array([len(at) for at in found]),
+            num_seeds=len(seeds),
         )
 
     def spread(self, figure: Callable[[RunRecord], float | None]) -> Spread | None:
         """A figure of a run over the counted runs that have it; None where none has."""
         return _spread_of([value for value in map(figure, self.runs) if value is not None])
+
+    def seeds_with(self, figure: Callable[[RunRecord], float | None]) -> int:
+        """Seeds of the counted runs that have a figure."""
+        return len({run.seed for run in self.runs if figure(run) is not None})
 
     def difference(self, other: "Group", figure: Callable[[RunRecord], float | None]) -> Spread | None:
         """A figure minus that of another group at the same seed, over the seeds that stand for one run in both.
@@ -158,6 +174,16 @@ def _spread_of(values: Sequence[float]) -> Spread | None:
 def seed_of(run: RunRecord) -> str:
     """`(seed 0)`, in one piece where a line is broken."""
     return f"(seed\u00a0{run.seed})"
+
+
+def most_seeds(groups: Sequence[Group]) -> int:
+    """Seeds of the group that has most."""
+    return max((group.num_seeds for group in groups), default=0)
+
+
+def with_seeds(label: str, num_seeds: int, most: int) -> str:
+    """`label (1 of 2 seeds)` where a line or point is over fewer seeds than there are, else the label alone."""
+    return label if num_seeds >= most else f"{label} ({num_seeds} of {most} seeds)"
 
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:

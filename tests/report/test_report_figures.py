@@ -353,3 +353,45 @@ def test_modules_of_many_lengths_are_drawn_after_the_last_round_only(tmp_path):
     assert len(drawn) == len(COLOURS)
     assert all(label.startswith("round 3, ") for label in drawn)
     assert "round 3, 2 modules of 11 values" in drawn
+
+
+def texts_in(picture):
+    """Everything that stands in a figure as a legend, title or tick."""
+    legends = [text for legend in picture.figure.legends for text in legend.get_texts()]
+    others = [
+        text for axes in axes_of(picture) for text in (axes.title, *axes.get_yticklabels(), *axes.texts)
+    ]
+    return " | ".join(" ".join(text.get_text().split()) for text in [*legends, *others])
+
+
+def test_groups_of_fewer_seeds_say_so_in_every_figure_over_seeds(tmp_path):
+    """A band that is missing means one seed, not seeds that agree."""
+    spectra = {"a.q_proj": (2.0, 1.0), "a.q_proj/energy": (6.0,)}
+    for name, rank, seed in (("a0", 1, 0), ("a1", 1, 1), ("b0", 2, 0)):
+        write_run(
+            tmp_path,
+            f"lora.rank={rank}",
+            "strategy.name=flexlora",
+            name=name,
+            seed=seed,
+            tiers=[{"q_proj": [1]}, {"q_proj": [2]}],
+            values=lambda round_index: spectra,
+            extra=lambda round_index: {"spectrum/effective_rank": 1.5, "test/rougeL": 0.5},
+        )
+    drawn = pictures_of(tmp_path)
+    over_seeds = EVERY_FIGURE - {"partition_1", "dirichlet_scatter", "client_curves", "spectra"}
+    for name in (*sorted(over_seeds - {"spectra_by_module"}), "answers", "energy_kept"):
+        check(drawn[name])
+        assert "rank=2 (1 of 2 seeds)" in texts_in(drawn[name]), name
+        assert "of 2 seeds" not in texts_in(drawn[name]).replace("rank=2 (1 of 2 seeds)", ""), name
+
+
+def test_a_seed_without_the_metric_is_not_counted(tmp_path):
+    for name, rank, seed in (("a0", 1, 0), ("a1", 1, 1), ("b0", 2, 0), ("b1", 2, 1)):
+        write_run(tmp_path, f"lora.rank={rank}", name=name, seed=seed, client_tests=name != "b1")
+    # two runs of one seed are one seed
+    write_run(tmp_path, "lora.rank=1", name="again", seed=0)
+    drawn = pictures_of(tmp_path)
+    assert "rank=2 (1 of 2 seeds)" in texts_in(drawn["fairness"])
+    for name in ("global_test_loss", "final_test_loss", "time_breakdown"):
+        assert "seeds" not in texts_in(drawn[name])
