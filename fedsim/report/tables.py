@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsim.report.figures_rounds import mean_of
 from fedsim.report.folders import RunRecord
 from fedsim.report.groups import Group, Spread
@@ -75,7 +77,7 @@ def parameters(groups: Sequence[Group]) -> Table:
     for group in groups:
         run = group.first
         base, adapter = _parameters(run)
-        trained = run.clients["trained_parameters"]
+        trained = np.concatenate([one.clients["trained_parameters"] for one in group.runs])
         least, most = (int(trained.min()), int(trained.max())) if trained.size else (0, 0)
         whole = base + adapter if base is not None and adapter is not None else None
         rows.append(
@@ -86,11 +88,11 @@ def parameters(groups: Sequence[Group]) -> Table:
                 _range(least, most) if trained.size else NOT_RECORDED,
                 f"{most / whole:.4%}" if whole and trained.size else NOT_RECORDED,
                 _payload(
-                    run,
+                    group,
                     "comm/client_payload_pickled_mib",
                     lambda value: f"{value:.2f} MiB" if value >= 0.1 else f"{value:.2g} MiB",
                 ),
-                _payload(run, "comm/client_payload_bytes", lambda value: f"{int(value):,} bytes"),
+                _payload(group, "comm/client_payload_bytes", lambda value: f"{int(value):,} bytes"),
             )
         )
     head = (
@@ -99,12 +101,14 @@ def parameters(groups: Sequence[Group]) -> Table:
         "all parameters",
         "trained by a client",
         "share",
-        "a client's payload, pickled",
-        "a client's payload, factors",
+        "largest payload, pickled",
+        "largest payload, factors",
     )
     note = (
-        "All parameters are those of the base and the adapter together; the payload is that of the largest client in "
-        "one direction, pickled as the paper's table 1 counts it."
+        "All parameters are those of the base and the adapter together. What a client trains and sends is of the "
+        "clients that took part, in all rounds and seeds: least to most trained, and what the one that sent most sent "
+        "in a round, in one direction. Pickled is as the paper's table 1 counts it, of an adapter of the largest ranks "
+        "of all clients, and recorded where a client sent one."
     )
     if any(NOT_RECORDED in row[2] for row in rows):
         note += " Where it says 'not recorded', run.json has no entry `parameters` with `base` and `adapter`."
@@ -154,8 +158,8 @@ def _range(least: int, most: int) -> str:
     return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _payload(run: RunRecord, key: str, shown: Callable[[float], str]) -> str:
-    values = run.values(key).values()
+def _payload(group: Group, key: str, shown: Callable[[float], str]) -> str:
+    values = [value for run in group.runs for value in run.values(key).values()]
     return shown(max(values)) if values else NOT_RECORDED
 
 

@@ -121,6 +121,25 @@ def test_counts_that_no_run_recorded_are_said_to_be_missing(tmp_path):
     assert "run.json has no entry `parameters`" in table.note
 
 
+def test_parameters_and_payload_are_those_of_the_clients_that_took_part_in_any_seed(tmp_path):
+    """The largest client of the federation may never be drawn, and each seed draws others."""
+    tiers = [
+        {"q_proj": [1]},
+        {"q_proj": [2]},
+        {"q_proj": [4]},
+    ]  # the third, client 2, comes in round 2 of seed 1 only
+    for seed, rounds in ((0, 1), (1, 2)):
+        settings = ("lora.distribution=uniform", "strategy.name=flexlora")
+        options = {"num_clients": 6, "cohort": 2, "tiers": tiers, "recorded": rounds}
+        write_run(tmp_path, *settings, seed=seed, rounds=2, **options)
+    (table,) = (table for table in make_report([tmp_path]).tables if table.name == "parameters")
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    assert row["trained by a client"] == "1,024 to 3,072"
+    assert row["largest payload, factors"] == "12,288 bytes"
+    assert "of the clients that took part" in table.note
+    assert "of the largest client in" not in table.note
+
+
 def test_names_cannot_break_the_page_or_the_table(tmp_path):
     for field in ("<b>&", "a|b$c$"):
         write_run(
