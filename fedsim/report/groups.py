@@ -9,6 +9,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.config.checks import DRAWS_SIZES, USERS_OF_PARTITION_KEYS
+from fedsim.config.keys import all_keys
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.config.model_section import Distribution
 from fedsim.report.folders import RunRecord
@@ -25,6 +27,21 @@ ALWAYS_SHOWN = 3
 LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
+USERS_OF_KEYS = {
+    "min_examples": DRAWS_SIZES,
+    "dirichlet_alpha": (
+        "length_skew",
+        "quantity_skew",
+        "length_and_quantity",
+        "label_skew",
+        "plato_label",
+        "plato_quantity",
+    ),
+    **USERS_OF_PARTITION_KEYS,
+}
+"""Key below data.partition -> the partitioners that use it; others are used by all."""
+
+STRATEGY = "strategy.name"
 DISTRIBUTION = "lora.distribution"
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 """Resource distributions in the paper's order."""
@@ -153,8 +170,8 @@ def group_runs(records: Sequence[RunRecord]) -> list[Group]:
             by_config.setdefault(_identity(record.config), []).append(record)
     members = list(by_config.values())
     configs = [compared(runs[0].config) for runs in members]
-    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
-    labels = _labels(configs, keys, members)
+    keys = _keys_that_differ(configs)
+    labels = _labels(configs, members)
     groups = []
     for place in sorted(range(len(members)), key=lambda index: _sort_key(configs[index], keys)):
         runs = sorted(members[place], key=lambda run: (run.seed, run.name))
@@ -187,8 +204,11 @@ def with_seeds(label: str, num_seeds: int, most: int) -> str:
 
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that make it another one."""
-    return {key: value for key, value in config.items() if not _is_ignored(key)}
+    """The keys of a configuration that make it another one, without those that its partitioner does not use."""
+    unused = {
+        f"data.partition.{key}" for key, users in USERS_OF_KEYS.items() if config[PARTITION] not in users
+    }
+    return {key: value for key, value in config.items() if key not in unused and not _is_ignored(key)}
 
 
 def _is_ignored(key: str) -> bool:
@@ -199,9 +219,19 @@ def _identity(config: Mapping[str, Any]) -> str:
     return json.dumps(compared(config), sort_keys=True, default=str)
 
 
-def _keys_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every key, in the order in which the configurations name them."""
-    return list(dict.fromkeys(key for config in configs for key in config))
+def _keys_that_differ(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of which the configurations that have them have several values, in the order of the configuration tree.
+
+    One that only some partitioners use tells nothing beyond their names, if all that use it agree.
+    """
+    found = dict.fromkeys(key for config in configs for key in config)
+    in_order = [
+        *(key for key in all_keys() if key in found),
+        *(key for key in found if key not in all_keys()),
+    ]
+    return [
+        key for key in in_order if len({_key_text(config[key]) for config in configs if key in config}) > 1
+    ]
 
 
 def _key_text(value: Any) -> str:
@@ -230,22 +260,22 @@ def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int,
 
 
 def labels_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each configuration the keys in which they differ, with its values."""
-    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
-    names = _short_names(keys)
-    return [_label(config, keys, names) for config in configs]
+    """For each configuration what a reader needs of the keys in which they differ, with its values.
 
-
-def _labels(
-    configs: Sequence[Mapping[str, Any]], keys: Sequence[str], members: Sequence[Sequence[RunRecord]]
-) -> list[str]:
-    """A different text for each configuration."""
-    if not keys:
-        return [runs[0].name if len(runs) == 1 else "all runs" for runs in members]
+    Where that leaves two with one label they name all of these keys, and may be alike still: values are shortened.
+    """
+    keys = _keys_that_differ(configs)
     names = _short_names(keys)
     short = [_label(config, _shown_keys(config, configs, keys), names) for config in configs]
     whole = [_label(config, keys, names) for config in configs]
-    labels = [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+    return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+
+
+def _labels(configs: Sequence[Mapping[str, Any]], members: Sequence[Sequence[RunRecord]]) -> list[str]:
+    """A different text for each configuration."""
+    if len(configs) == 1:
+        return [runs[0].name if len(runs) == 1 else "all runs" for runs in members]
+    labels = labels_of(configs)
     return [
         label if labels.count(label) == 1 else f"{label} ({runs[0].name})"
         for label, runs in zip(labels, members, strict=True)
@@ -255,21 +285,21 @@ def _labels(
 def _shown_keys(
     config: Mapping[str, Any], configs: Sequence[Mapping[str, Any]], keys: Sequence[str]
 ) -> list[str]:
-    """Of the keys that differ, those that a label needs.
+    """Of the keys that differ and that the configuration uses, those that a label needs.
 
-    Where many differ, one is left out where it has the value of more than half of the groups. Dirichlet's alpha says
-    nothing of an IID partition, and where alpha is shown the name of the only other partition adds nothing.
+    Where many differ, one is left out where it has the value of more than half of the groups, but for the strategy.
+    Where alpha is shown the name of the only partition that has one adds nothing.
     """
     shown = []
     for key in keys:
-        values = Counter(_key_text(other.get(key)) for other in configs)
-        is_usual = values[_key_text(config.get(key))] > len(configs) / 2
-        if len(keys) <= ALWAYS_SHOWN or not is_usual:
+        values = Counter(_key_text(other[key]) for other in configs if key in other)
+        if key not in config:
+            continue
+        is_usual = values[_key_text(config[key])] > len(configs) / 2
+        if len(keys) <= ALWAYS_SHOWN or key == STRATEGY or not is_usual:
             shown.append(key)
-    partitions = {str(other.get(PARTITION)) for other in configs}
-    if config.get(PARTITION) == "iid":
-        return [key for key in shown if key != DIRICHLET_ALPHA] if PARTITION in shown else shown
-    if DIRICHLET_ALPHA in shown and len(partitions - {"iid"}) == 1:
+    with_alpha = {str(other[PARTITION]) for other in configs if DIRICHLET_ALPHA in other}
+    if DIRICHLET_ALPHA in shown and len(with_alpha) == 1:
         return [key for key in shown if key != PARTITION]
     return shown
 
@@ -285,7 +315,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _label(config: Mapping[str, Any], keys: Sequence[str], names: Mapping[str, str]) -> str:
-    text = ", ".join(f"{names[key]}={_value_text(config.get(key))}" for key in keys)
+    text = ", ".join(f"{names[key]}={_value_text(config[key])}" for key in keys if key in config)
     return text or "otherwise as usual"
 
 
