@@ -1,8 +1,11 @@
 """From run folders to a folder with figures, tables and one page."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from errno import EACCES, ENOTDIR
 from pathlib import Path
+from typing import Any
 
 from fedsim.atomic import replace_folder, write_text_atomic
 from fedsim.errors import RunFolderError
@@ -18,10 +21,10 @@ from fedsim.report import (
 )
 from fedsim.report.arms import rows_of
 from fedsim.report.folders import RunRecord, find_runs, read_run
-from fedsim.report.groups import Group, group_runs
+from fedsim.report.groups import Group, baseline_of, group_runs
 from fedsim.report.page import GENERATOR, html_page, markdown_page
 from fedsim.report.style import Picture, house_style
-from fedsim.report.tables import Table, parameters, results, runs_table
+from fedsim.report.tables import Table, common, parameters, results, runs_table
 
 PAGE = "index.html"
 MARKDOWN = "report.md"
@@ -50,6 +53,7 @@ def make_report(
     client_ids: Sequence[int] | None = None,
     target_loss: float | None = None,
     modules: Sequence[str] = (),
+    baseline: Mapping[str, Any] | None = None,
 ) -> Report:
     """Read runs and draw everything that they tell.
 
@@ -59,9 +63,12 @@ def make_report(
         target_loss: for the table of rounds to a target loss; None for one that follows from the runs.
         modules: names, or ends of dotted names, of the modules whose singular values to draw one by one; empty for a
             choice of our own.
+        baseline: keys and values of the configuration that the differences of losses are taken to; None for a choice
+            of our own.
 
     Raises:
         RunFolderError: no run with a round, or a damaged file.
+        ConfigError: not one configuration has the values of `baseline`.
     """
     records = [read_run(path) for path in find_runs(paths)]
     groups = group_runs(records)
@@ -70,6 +77,7 @@ def make_report(
             f"a report needs a run with at least one recorded round, got {len(records)} without: "
             f"{', '.join(f'{record.path} ({record.status})' for record in records[:5])}"
         )
+    compared_with = baseline_of(groups, baseline)
     pictures: list[Picture] = []
     missing: list[str] = []
     with house_style():
@@ -100,7 +108,8 @@ def make_report(
     pictures = _numbered(pictures)
     columns, rows = rows_of(groups)
     tables = (
-        results(groups),
+        *common(groups),
+        results(groups, compared_with),
         *tables_flexlora.methods(columns, rows),
         *tables_flexlora.gains_by_category(rows),
         *tables_answers.answers(groups),
@@ -133,7 +142,11 @@ def write_report(report: Report, out: Path) -> Path:
         RunFolderError: `out` cannot be written, is a run folder or within one, or has files of these names that are not
             ours.
     """
-    _check_out(out)
+    check_out(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(out, error) from error
     images = [picture.png() for picture in report.pictures]
     heading = f"fedsim report: {_counted(report)}"
 
@@ -155,21 +168,34 @@ def _counted(report: Report) -> str:
     return f"{runs} run{'s' * (runs != 1)} of {groups} configuration{'s' * (groups != 1)}"
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Refuse a folder that no report can be written to, before one is drawn; nothing is made.
+
+    Raises:
+        RunFolderError: as of `write_report`.
+    """
     rule = f"--out {out} must be a folder for the report"
     try:
         if any((folder / "run.json").exists() for folder in (out, *out.absolute().parents)):
             raise RunFolderError(f"{rule}, got a run folder, or one within; choose another")
-        out.mkdir(parents=True, exist_ok=True)
+        there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(ENOTDIR, os.strerror(ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES), str(there))
         page = out / PAGE
         is_ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
         taken = [name for name in (PAGE, MARKDOWN, FIGURES) if (out / name).exists()]
     except OSError as error:
-        raise RunFolderError(
-            f"{rule} that can be written ({error.strerror or error}); choose another"
-        ) from error
+        raise _not_writable(out, error) from error
     if taken and not is_ours:
         raise RunFolderError(f"{rule}; it has {', '.join(taken)} that no report wrote; choose another")
+
+
+def _not_writable(out: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(
+        f"--out {out} must be a folder for the report that can be written ({error.strerror or error}); choose another"
+    )
 
 
 def _no_curves(client_ids: Sequence[int] | None) -> str:

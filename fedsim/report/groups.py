@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config.checks import DRAWS_SIZES, USERS_OF_PARTITION_KEYS
-from fedsim.config.keys import all_keys
+from fedsim.config.keys import all_keys, show
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.config.model_section import Distribution
+from fedsim.errors import ConfigError
 from fedsim.report.folders import RunRecord
 
 LENGTH = ("run.rounds", "early_stopping.patience")
@@ -257,6 +258,49 @@ def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int,
         else:
             order.append((2, 0.0, str(value)))
     return order
+
+
+def baseline_of(groups: Sequence[Group], wanted: Mapping[str, Any] | None = None) -> Group:
+    """The group that others are compared with.
+
+    Args:
+        groups: of a report, at least one.
+        wanted: key, dotted or as labels name it -> its value; None for the only IID group or, where there is not one,
+            the first group.
+
+    Raises:
+        ConfigError: a key is none that groups have, or not one group has these values.
+    """
+    configs = [compared(group.first.config) for group in groups]
+    if wanted is None:
+        even = [group for group in groups if group.first.config[PARTITION] == "iid"]
+        return even[0] if len(even) == 1 else groups[0]
+    dotted = {name: key for key, name in _short_names(_keys_that_differ(configs)).items()}
+    keys = {dotted.get(name, name): value for name, value in wanted.items()}
+    for key in keys:
+        if not any(key in config for config in configs):
+            raise ConfigError(
+                f"command line: --baseline must have keys that make configurations, or short ones that their labels "
+                f"show, got {show(key)}"
+            )
+    found = [
+        group
+        for group, config in zip(groups, configs, strict=True)
+        if all(key in config and _is_value(config[key], value) for key, value in keys.items())
+    ]
+    if len(found) != 1:
+        given = ",".join(f"{name}={show(value)}" for name, value in wanted.items())
+        which = "; ".join(group.label for group in found or groups)
+        raise ConfigError(
+            f"command line: --baseline {given} must hold for one configuration, got {len(found)} of {len(groups)}; "
+            f"{'these' if found else 'there'} are: {which}"
+        )
+    return found[0]
+
+
+def _is_value(value: Any, wanted: Any) -> bool:
+    """Equal values, or a text that a label shows of a value: the last part of a path, 0.1 for 0.1."""
+    return _key_text(value) == _key_text(wanted) or _value_text(value) == _value_text(wanted)
 
 
 def labels_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
