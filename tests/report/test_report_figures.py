@@ -28,6 +28,14 @@ EVERY_FIGURE = {
     "spectra",
     "spectra_by_module",
     "train_loss",
+    "answers",
+    "answers_tf",
+}
+RECORDED_ON_DEMAND = {"answers", "answers_tf"}
+"""Figures of runs with evaluation.answers only."""
+
+SCORES = {
+    f"test/{score}{kind}": 0.4 for score in ("rougeL", "rougeL_stem", "exact_match") for kind in ("", "_tf")
 }
 
 
@@ -87,6 +95,7 @@ def two_arms(tmp_path_factory):
                 seed=seed,
                 better_by=0.0 if alpha == 0.1 else 0.5,
                 spectra=True,
+                extra=lambda round_index: SCORES,
             )
     return folder
 
@@ -266,7 +275,9 @@ def test_one_round_of_several_seeds_has_a_bar_instead_of_a_band(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path, seed=seed, rounds=1, spectra=True)
     drawn = pictures_of(tmp_path)
-    assert set(drawn) == EVERY_FIGURE - {"final_test_loss"}  # which compares configurations
+    assert set(drawn) == EVERY_FIGURE - RECORDED_ON_DEMAND - {
+        "final_test_loss"
+    }  # which compares configurations
     for picture in drawn.values():
         check(picture)
 
@@ -376,11 +387,11 @@ def test_groups_of_fewer_seeds_say_so_in_every_figure_over_seeds(tmp_path):
             seed=seed,
             tiers=[{"q_proj": [1]}, {"q_proj": [2]}],
             values=lambda round_index: spectra,
-            extra=lambda round_index: {"spectrum/effective_rank": 1.5, "test/rougeL": 0.5},
+            extra=lambda round_index: {"spectrum/effective_rank": 1.5, **SCORES},
         )
     drawn = pictures_of(tmp_path)
     over_seeds = EVERY_FIGURE - {"partition_1", "dirichlet_scatter", "client_curves", "spectra"}
-    for name in (*sorted(over_seeds - {"spectra_by_module"}), "answers", "energy_kept"):
+    for name in (*sorted(over_seeds - {"spectra_by_module"}), "energy_kept"):
         check(drawn[name])
         assert "rank=2 (1 of 2 seeds)" in texts_in(drawn[name]), name
         assert "of 2 seeds" not in texts_in(drawn[name]).replace("rank=2 (1 of 2 seeds)", ""), name
