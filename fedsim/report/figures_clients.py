@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from fedsim.report.figures_rounds import SAME_LOSS
 from fedsim.report.folders import ROUND, RunRecord
 from fedsim.report.groups import Group, seed_of
 from fedsim.report.style import (
@@ -29,9 +30,6 @@ NUM_CURVES = 3
 """Clients in a panel where none are chosen, as in arXiv 2502.18910, figures 8 and 9."""
 
 MOST_PANELS = 6
-SAME_LOSS = 1e-5
-"""Relative difference up to which two losses are those of one model on one set, in batches of other shapes."""
-
 GLOBAL_LOSS = "global test loss"
 BEFORE_TRAINING = "global model on the clients' test examples"
 COHORT_MEAN = "mean of the cohort"

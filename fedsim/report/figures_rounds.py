@@ -38,6 +38,12 @@ MOST_PANELS = 6
 """Panels of one figure where each group has its own."""
 
 OVER_SEEDS = "Lines are means over seeds, bands reach from the least to the most."
+DRAWS_TEST_SET = ("data.test_fraction", "data.instruction.hold_out_fraction", "evaluation.max_test_examples")
+"""Keys by which run.seed decides which examples the global model is tested on."""
+
+SAME_LOSS = 1e-5
+"""Relative difference up to which two losses are those of one model on one set, in batches of other shapes."""
+
 PHASES = ("train_s", "wait_s", "gather_s", "aggregate_s", "evaluate_s")
 """Phases of a round as fedsim/server/round.py times them, in that order; others follow by name."""
 
@@ -48,6 +54,12 @@ def global_loss(groups: Sequence[Group]) -> list[Picture]:
         "Test loss of the global model after each round, and before training at 0; for strategies without a global "
         f"model the mean of the cohort's client losses. {OVER_SEEDS}"
     )
+    drawn = [key for key in DRAWS_TEST_SET if any(key in _draws_of(group) for group in groups)]
+    if drawn:
+        caption += (
+            f" Each seed draws its own test set ({', '.join(drawn)}), so that a band contains the differences between "
+            "test sets."
+        )
     return _lines(
         groups,
         "test/loss",
@@ -57,6 +69,26 @@ def global_loss(groups: Sequence[Group]) -> list[Picture]:
         caption,
         "test/loss_initial",
     )
+
+
+def _draws_of(group: Group) -> list[str]:
+    """Keys by which the seed draws the global test set; none where it is the same for all seeds.
+
+    Before training all seeds have the base's own loss, unless they are tested on different examples.
+    """
+    config = group.first.config
+    before = [run.values("test/loss_initial").get(0) for run in group.runs]
+    known = [loss for loss in before if loss is not None]
+    is_same = len(known) == len(before) and max(known) <= min(known) * (1 + SAME_LOSS)
+    if group.num_seeds < 2 or is_same:
+        return []
+    held_out = config["data.instruction.hold_out"] != "none"
+    drawn = {
+        "data.test_fraction": config["data.test_split"] is None and not held_out,
+        "data.instruction.hold_out_fraction": held_out and not config["data.instruction.hold_out_names"],
+        "evaluation.max_test_examples": config["evaluation.max_test_examples"] is not None,
+    }
+    return [key for key in DRAWS_TEST_SET if drawn[key]]
 
 
 def train_loss(groups: Sequence[Group]) -> list[Picture]:

@@ -406,3 +406,43 @@ def test_a_seed_without_the_metric_is_not_counted(tmp_path):
     assert "rank=2 (1 of 2 seeds)" in texts_in(drawn["fairness"])
     for name in ("global_test_loss", "final_test_loss", "time_breakdown"):
         assert "seeds" not in texts_in(drawn[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("data.source=x.jsonl", "data.text_field=text"), ["data.test_fraction"]),
+        (("data.source=x.jsonl", "data.text_field=text", "data.test_split=validation"), []),
+        (
+            (
+                "data.source=x.jsonl",
+                "data.text_field=t",
+                "data.test_split=test",
+                "evaluation.max_test_examples=9",
+            ),
+            ["evaluation.max_test_examples"],
+        ),
+        (
+            (
+                "data.source=x.jsonl",
+                "data.instruction.format=rows",
+                "data.instruction.task_field=task",
+                "data.instruction.hold_out=task",
+            ),
+            ["data.instruction.hold_out_fraction"],
+        ),
+    ],
+)
+def test_the_caption_says_where_the_band_contains_the_draw_of_the_test_set(settings, said, tmp_path):
+    for seed in (0, 1):
+        before = {"test/loss_initial": 5.5 + seed / 100}
+        write_run(tmp_path, *settings, seed=seed, rounds=1, extra=lambda round_index, before=before: before)
+    caption = pictures_of(tmp_path)["global_test_loss"].caption
+    assert ("a band contains the differences between test sets" in caption) == bool(said)
+    assert f"({', '.join(said)})" in caption or not said
+    assert (
+        "draws its own" not in pictures_of(tmp_path / "run-0")["global_test_loss"].caption
+    )  # there is no band
+    write_run(tmp_path / "same", *settings, seed=0, rounds=1)  # which the base has the same loss on
+    write_run(tmp_path / "same", *settings, seed=1, rounds=1)
+    assert "draws its own" not in pictures_of(tmp_path / "same")["global_test_loss"].caption
