@@ -82,20 +82,29 @@ def make_report(
     missing: list[str] = []
     with house_style():
         for made, why_not in (
-            (figures_rounds.global_loss(groups), "global test loss: no round was evaluated"),
+            (figures_rounds.global_loss(groups), "global test loss: no round recorded a finite one"),
             (figures_rounds.train_loss(groups), ""),
             (figures_rounds.final_loss(groups), ""),
             (figures_answers.answers(groups), ""),
-            (figures_partition.partitions(groups), "partition: there is no partition.json"),
+            (figures_partition.partitions(groups), "partition: no run has a partition.json"),
             (
                 figures_partition.dirichlet_scatter(groups),
                 "clients and classes: partition.json has no class counts",
             ),
             (figures_clients.client_curves(groups, client_ids), _no_curves(client_ids)),
-            (figures_rounds.fairness(groups), "fairness: no client was tested (evaluation.client_test)"),
-            (figures_rounds.class_loss_by_round(groups), "loss by length class: no round recorded it"),
+            (
+                figures_rounds.fairness(groups),
+                "fairness: no round recorded it, as without evaluation.client_test",
+            ),
+            (
+                figures_rounds.class_loss_by_round(groups),
+                "loss by length class: no round recorded a finite one",
+            ),
             (figures_rounds.class_loss_at_end(groups), ""),
-            (figures_rounds.communication(groups), "communication: no test loss, or nothing was sent"),
+            (
+                figures_rounds.communication(groups),
+                "communication: no test loss, or no bytes sent, were recorded",
+            ),
             (figures_rounds.time_breakdown(groups), "time by phase: no round recorded it"),
             (figures_spectra.rank_collapse(groups), ""),
             (figures_spectra.energy_kept(groups), ""),
@@ -200,7 +209,7 @@ def _not_writable(out: Path, error: OSError) -> RunFolderError:
 
 def _no_curves(client_ids: Sequence[int] | None) -> str:
     whom = "no client" if client_ids is None else f"none of clients {', '.join(map(str, client_ids))}"
-    return f"client curves: {whom} was tested after local training"
+    return f"client curves: {whom} was tested after local training, by clients.parquet of the lowest seeds"
 
 
 def _no_modules(modules: Sequence[str]) -> str:
@@ -228,10 +237,11 @@ def _run_notes(records: Sequence[RunRecord], groups: Sequence[Group]) -> list[st
                     f"{run.name}: the test loss was not finite after round {', '.join(map(str, lost[:5]))}."
                 )
             if run.last("test/loss") is not None and run.at_end("test/loss") is None:
+                notes.append(f"{run.name}: {_why_untested(run)}, so tables of scores leave it out.")
+            if run.is_finished and _lacks_rounds(run):
                 notes.append(
-                    f"{run.name}: the state that it exported was never tested on the global test set, so tables of "
-                    "scores leave it out; evaluation.every_rounds=1, or an early_stopping.metric of the test set, "
-                    "tests it."
+                    f"{run.name}: finished, but metrics.jsonl has {len(run.metrics)} of {run.config['run.rounds']} "
+                    "rounds; what is said of the last round is of the last one there."
                 )
         notes += _group_notes(group)
     return notes
@@ -252,9 +262,24 @@ def _group_notes(group: Group) -> list[str]:
             f"{group.label}: its runs have different numbers of rounds, so a mean is over those that came that far."
         )
     # the fingerprint of the data covers the partition, which differs by seed
-    if len({(run.info.get("inputs") or {}).get("base") for run in group.runs}) > 1:
+    bases = {(run.info.get("inputs") or {}).get("base") for run in group.runs}
+    if len(bases - {None}) > 1:
         notes.append(f"{group.label}: its runs had different base weights (run.json, inputs).")
     return notes
+
+
+def _lacks_rounds(run: RunRecord) -> bool:
+    return run.config["early_stopping.metric"] == "off" and len(run.metrics) < run.config["run.rounds"]
+
+
+def _why_untested(run: RunRecord) -> str:
+    rounds = run.info["early_stopping"]["exported_after_rounds"]
+    if rounds and all(record["round_index"] != rounds - 1 for record in run.metrics):
+        return f"metrics.jsonl lacks round {rounds}, after which it exported its state"
+    return (
+        "the state that it exported was never tested on the global test set (evaluation.every_rounds=1, or an "
+        "early_stopping.metric of the test set, tests it)"
+    )
 
 
 def _why(record: RunRecord) -> str:

@@ -117,9 +117,9 @@ def rank_collapse(groups: Sequence[Group]) -> list[Picture]:
         "Rank collapse: energy beyond the smallest rank by round",
         "share of energy beyond the smallest rank",
         "Share of the squared singular values of the average update that the smallest LoRA rank of any tier cannot "
-        "hold, mean over modules; where it falls towards 0 the ranks collapse (arXiv 2602.13486). Runs that did not "
-        "record the update's squared norm show metrics.jsonl's spectrum/energy_beyond_smallest_rank, which takes the "
-        f"smallest rank of the round's cohort. {OVER_SEEDS}",
+        "hold, mean over modules; where it falls towards 0 the ranks collapse (arXiv 2602.13486). Runs without "
+        "tiers.json or the update's squared norm show metrics.jsonl's spectrum/energy_beyond_smallest_rank, which "
+        f"takes the smallest rank of the round's cohort. {OVER_SEEDS}",
     ) + line_pictures(
         effective,
         "effective_rank",

@@ -288,7 +288,7 @@ def test_without_evaluation_the_other_figures_are_drawn_and_the_gap_is_told(tmp_
     assert names == {"partition_1", "dirichlet_scatter", "time_breakdown", "train_loss"}
     for picture in report.pictures:
         check(picture)
-    assert any("global test loss: no round was evaluated" in note for note in report.notes)
+    assert any("global test loss: no round recorded a finite one" in note for note in report.notes)
     assert any("client curves: no client was tested" in note for note in report.notes)
 
 

@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -310,6 +311,47 @@ def test_another_base_within_a_group_is_noted(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path, seed=seed, info={"inputs": {"data": str(seed), "base": str(seed)}})
     assert any("different base weights" in note for note in make_report([tmp_path]).notes)
+
+
+def test_a_base_that_one_run_does_not_name_is_no_other_base(tmp_path):
+    write_run(tmp_path, seed=0, info={"inputs": {"base": "0"}})
+    write_run(tmp_path, seed=1)
+    assert not any("different base weights" in note for note in make_report([tmp_path]).notes)
+
+
+def test_what_damaged_folders_lack_is_not_called_unmeasured(tmp_path):
+    """A loss that is not finite was evaluated, and a partition of another seed is one."""
+    lost = {"test/loss": math.nan, "test/loss_initial": math.nan}
+    for seed in (0, 1):
+        path = write_run(tmp_path, seed=seed, extra=lambda round_index: lost)
+        if seed == 0:
+            (path / "partition.json").unlink()
+            (path / "clients.parquet").unlink()
+    report = make_report([tmp_path])
+    names = {picture.name for picture in report.pictures}
+    assert "partition_1" in names
+    (partition,) = (picture for picture in report.pictures if picture.name == "partition_1")
+    assert "seed\u00a01" in partition.caption
+    text = " ".join(report.notes)
+    assert "no round was evaluated" not in text
+    assert "global test loss: no round recorded a finite one" in text
+    assert "was tested after local training, by clients.parquet of the lowest seeds" in text
+
+
+def test_a_finished_run_that_lost_its_last_rounds_is_told(tmp_path):
+    path = write_run(tmp_path, rounds=3)
+    assert not any("metrics.jsonl has" in note for note in make_report([path]).notes)
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(lines[:2]))
+    assert any("finished, but metrics.jsonl has 2 of 3 rounds" in note for note in make_report([path]).notes)
+    stopped = write_run(tmp_path, "early_stopping.metric=test_loss", name="stopped", rounds=3, recorded=2)
+    assert not any("metrics.jsonl has" in note for note in make_report([stopped]).notes)
+    info = json.loads((stopped / "run.json").read_text())
+    info["early_stopping"] = {"metric": "test_loss", "exported_after_rounds": 3}
+    (stopped / "run.json").write_text(json.dumps(info))
+    (note,) = (note for note in make_report([stopped]).notes if "exported" in note)
+    assert "metrics.jsonl lacks round 3" in note
+    assert "never tested" not in note
 
 
 def test_the_report_needs_neither_torch_nor_pandas(small, tmp_path):
