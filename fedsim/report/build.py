@@ -269,7 +269,7 @@ def _group_notes(group: Group) -> list[str]:
 
 
 def _lacks_rounds(run: RunRecord) -> bool:
-    return run.config["early_stopping.metric"] == "off" and len(run.metrics) < run.config["run.rounds"]
+    return run.config["early_stopping.metric"] == "off" and len(run.metrics) < int(run.config["run.rounds"])
 
 
 def _why_untested(run: RunRecord) -> str:

@@ -67,7 +67,8 @@ def common(groups: Sequence[Group]) -> list[Table]:
             and all(value == values[0] for value in values)
             and not _is_idle(configs, key)
         ):
-            rows.append((meaning, show(values[0]), key))
+            value = values[0] if isinstance(values[0], str) else show(values[0])
+            rows.append((meaning, value, key))
     if not rows:
         return []
     note = "Of the keys that are asked for first those with one value in all runs; config.yaml of a run has them all."

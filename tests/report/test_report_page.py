@@ -235,6 +235,7 @@ def test_what_all_runs_have_in_common_stands_first(tmp_path):
     assert table.title == "Common to all runs"
     found = {key: (what, value) for what, value, key in table.rows}
     assert found["run.rounds"] == ("rounds", "2")
+    assert found["strategy.name"] == ("strategy", "fedavg")
     assert found["training.optimizer.lr"] == ("learning rate", "0.25")
     assert found["data.partition.dirichlet_alpha"][1] == "0.1"
     assert {"data.source", "model.name_or_path", "strategy.name", "cohort.size"} < set(found)
