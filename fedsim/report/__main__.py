@@ -5,8 +5,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from fedsim.config.yaml_text import read_yaml
 from fedsim.errors import ConfigError, FedsimError
 
 EXIT_USER = 2
@@ -28,9 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         # drawing takes a second to import, which --help need not wait for
-        from fedsim.report.build import make_report, write_report
+        from fedsim.report.build import check_out, make_report, write_report
 
-        report = make_report(options.runs, options.clients, options.target_loss, options.modules)
+        check_out(options.out)
+        report = make_report(
+            options.runs, options.clients, options.target_loss, options.modules, options.baseline
+        )
         page = write_report(report, options.out)
     except FedsimError as error:
         sys.stderr.write(f"fedsim: {type(error).__name__}: {' '.join(str(error).split())}\n")
@@ -70,6 +74,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="modules whose singular values are drawn one by one, by dotted names or the ends of them (default: "
         "k_proj, or the first that is adapted); of many blocks the first, the middle and the last",
     )
+    parser.add_argument(
+        "--baseline",
+        type=_values,
+        metavar="KEY=VALUE,...",
+        help="configuration that the differences of final losses are taken to, by values that no other has, such as "
+        "data.partition.name=iid; keys may be short as in labels (default: the only IID one, else the first row)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -94,6 +105,16 @@ def _loss(text: str) -> float:
     if not 0 <= loss < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number, 0 or more, got {text!r}")
     return loss
+
+
+def _values(text: str) -> dict[str, Any]:
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in parts]
+    if not all(name and sign for name, sign, _ in parts) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"must be different keys with values such as strategy.name=fedavg,lora.rank=4, got {text!r}"
+        )
+    return {name: read_yaml(value, name) for name, _, value in parts}
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsim.report.groups import Group, Series
+from fedsim.report.groups import Group, Series, most_seeds, with_seeds
 from fedsim.report.style import (
     LOSS,
     MOST_LINES,
@@ -37,16 +37,22 @@ def answers(groups: Sequence[Group]) -> list[Picture]:
         found = [group for group in groups if group.series(f"test/rougeL{suffix}")]
         for number, part in enumerate(chunks(found, MOST_LINES), start=1):
             name = f"answers{suffix}" if number == 1 else f"answers{suffix}_{number}"
-            pictures.append(_picture(part, suffix, name, what))
+            pictures.append(_picture(part, suffix, name, what, most_seeds(groups)))
     return pictures
 
 
-def _picture(groups: Sequence[Group], suffix: str, name: str, what: str) -> Picture:
+def _picture(groups: Sequence[Group], suffix: str, name: str, what: str, most: int) -> Picture:
+    """`most` seeds has the group of the report that has most; all panels name those that have the Rouge-L."""
     keys = [key.format(suffix) for key in SCORES]
     shown = [
         (key, heading)
         for key, heading in zip(keys, SCORES.values(), strict=True)
         if any(group.series(key) for group in groups)
+    ]
+    rouge = [group.series(keys[0]) for group in groups]
+    labels = [
+        with_seeds(group.label, series.num_seeds if series else 0, most)
+        for group, series in zip(groups, rouge, strict=True)
     ]
     figure, axes = panels(len(shown), height=2.9)
     for one, (key, heading) in zip(axes, shown, strict=True):
@@ -54,7 +60,7 @@ def _picture(groups: Sequence[Group], suffix: str, name: str, what: str) -> Pict
         for index, group in enumerate(groups):
             series = group.series(key, "test/loss_initial" if is_loss else None)
             if series is not None:
-                draw_series(one, series if is_loss else _hundredfold(series), group.label, look(index))
+                draw_series(one, series if is_loss else _hundredfold(series), labels[index], look(index))
         title(one, heading, 55)
         label_axes(one, ROUNDS, LOSS if is_loss else "score (x 100)")
         one.ticklabel_format(axis="y", useOffset=False)

@@ -1,5 +1,6 @@
 """Figures of single runs: test loss of chosen clients, singular values of the average update."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,15 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from fedsim.report.figures_rounds import SAME_LOSS
 from fedsim.report.folders import ROUND, RunRecord
 from fedsim.report.groups import Group, seed_of
 from fedsim.report.style import (
     LOSS,
+    MOST_LINES,
     ROUNDS,
     Picture,
     chunks,
     label_axes,
     legend_below,
+    legend_of_all,
     look,
     panels,
     rounds_axis,
@@ -26,6 +30,19 @@ NUM_CURVES = 3
 """Clients in a panel where none are chosen, as in arXiv 2502.18910, figures 8 and 9."""
 
 MOST_PANELS = 6
+GLOBAL_LOSS = "global test loss"
+BEFORE_TRAINING = "global model on the clients' test examples"
+COHORT_MEAN = "mean of the cohort"
+THIN_LINES = {
+    GLOBAL_LOSS: "The thin line 'global test loss' is the global model's, on the examples that clients are tested on.",
+    BEFORE_TRAINING: "The thin line 'global model on the clients' test examples' is the mean over a round's clients "
+    "before local training, of what they received and on the examples that they are tested on: the global test loss is "
+    "on others (evaluation.client_test, evaluation.max_client_test_examples).",
+    COHORT_MEAN: "The thin line 'mean of the cohort' is over a round's clients after local training, since there is no "
+    "global model.",
+}
+"""Name of a thin line -> what it is."""
+
 FIRST_SEED = "Of several seeds the lowest is shown, because a client has other texts under another seed."
 
 
@@ -48,20 +65,22 @@ def client_curves(groups: Sequence[Group], client_ids: Sequence[int] | None = No
     pictures = []
     for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
         figure, axes = panels(len(part), sharey=True)
+        clients = sorted({client_id for _, curves in part for client_id in curves})
+        looks = {client_id: look(index) for index, client_id in enumerate(clients)}
         for one, (group, curves) in zip(axes, part, strict=True):
-            _draw_curves(one, group.first, curves)
+            _draw_curves(one, group.first, curves, looks)
             title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
             label_axes(one, ROUNDS, LOSS)
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
             rounds_axis(one)
-            if len(part) > 1:
+            if len(clients) > MOST_LINES:  # looks come again
                 one.legend(fontsize=7, handlelength=3.0)
-        if len(part) == 1:
-            legend_below(figure, axes[0])
+        if len(clients) <= MOST_LINES:
+            legend_of_all(figure, axes)
         caption = (
             f"Test loss of single clients after local training, in the rounds in which they took part. {FIRST_SEED} "
-            "The thin line is the run's global test loss or, without a global model, the cohort's mean."
+            f"{_thin_text([group.first for group, _ in part])}"
         )
         name = "client_curves" if number == 1 else f"client_curves_{number}"
         pictures.append(Picture(name, "Test loss of single clients", caption, figure))
@@ -75,12 +94,10 @@ def spectra(groups: Sequence[Group]) -> list[Picture]:
     for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
         figure, axes = panels(len(part), sharey=True)
         for one, group in zip(axes, part, strict=True):
-            rounds = _rounds_with_values(group.first)
-            for index, at in enumerate(sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})):
-                mean, low, high = _over_modules(group.first.spectra[at])
+            for index, (label, (mean, low, high)) in enumerate(_spectrum_lines(group.first)):
                 x = np.arange(1, len(mean) + 1)
                 style = look(index)
-                one.plot(x, mean, label=f"round {at + 1}", markevery=max(1, len(x) // 12), **style)
+                one.plot(x, mean, label=label, markevery=max(1, len(x) // 12), **style)
                 one.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
             one.set_yscale("log")
             title(one, f"{group.label} {seed_of(group.first)}", 55 if len(part) > 1 else 100)
@@ -92,8 +109,10 @@ def spectra(groups: Sequence[Group]) -> list[Picture]:
         if len(part) == 1:
             legend_below(figure, axes[0])
         caption = (
-            "Singular values of the average update, largest first: geometric mean over modules, bands from the "
-            "least to the most; those at 0 are left out. Of several seeds the lowest is shown."
+            "Singular values of the average update, largest first: geometric mean over the modules with equally many, "
+            "bands from the least to the most. A line ends where the first of its modules has no more above 0; modules "
+            "without any are left out. First, middle and last round, or the last alone where that were more than "
+            f"{MOST_LINES} lines. Of several seeds the lowest is shown."
         )
         name = "spectra" if number == 1 else f"spectra_{number}"
         pictures.append(Picture(name, "Singular values of the average update", caption, figure))
@@ -109,9 +128,40 @@ def _tested_most(runs: Sequence[RunRecord]) -> list[int]:
     return sorted(most)
 
 
-def _average_name(run: RunRecord) -> str:
-    """What `test/loss` is: without a global model there is none before training."""
-    return "global test loss" if run.values("test/loss_initial") else "mean of the cohort"
+def _tests_alike(run: RunRecord) -> bool:
+    """Whether clients are tested on the examples of the global test loss, all of them.
+
+    Run folders do not hold the number of test examples, which decides whether a limit drops any. But the global model
+    has one loss on one set: that of the clients' tests before training is then the global one of the round before.
+    """
+    if run.config["evaluation.client_test"] != "common":
+        return False
+    if all(run.config[f"evaluation.max_{whose}test_examples"] is None for whose in ("", "client_")):
+        return True
+    before = run.values("fairness/test_loss_mean_before")
+    known = {index + 1: loss for index, loss in run.values("test/loss").items()}
+    known |= run.values("test/loss_initial")
+    shared = before.keys() & known.keys()
+    return bool(shared) and all(
+        math.isclose(before[index], known[index], rel_tol=SAME_LOSS) for index in shared
+    )
+
+
+def _thin_line(run: RunRecord) -> tuple[str, dict[int, float]]:
+    """What single clients are compared with: its name, and rounds completed -> loss."""
+    after = {index + 1: loss for index, loss in run.values("test/loss").items()}
+    if not run.values("test/loss_initial"):
+        return COHORT_MEAN, after  # on the clients' tests, as there is no global model
+    if _tests_alike(run):
+        return GLOBAL_LOSS, after
+    # before a round the clients hold the model of all rounds until then
+    return BEFORE_TRAINING, run.values("fairness/test_loss_mean_before")
+
+
+def _thin_text(runs: Sequence[RunRecord]) -> str:
+    """The sentences of a caption about the thin lines that there are."""
+    names = [name for name, line in map(_thin_line, runs) if line]
+    return " ".join(THIN_LINES[name] for name in THIN_LINES if name in names)
 
 
 def _client_name(client_id: int) -> str:
@@ -119,17 +169,18 @@ def _client_name(client_id: int) -> str:
     return f"client {client_id}" if client_id >= 0 else "all clients' data together"
 
 
-def _draw_curves(axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"]) -> None:
+def _draw_curves(
+    axes: Axes, run: RunRecord, curves: Mapping[int, "Curve"], looks: Mapping[int, Mapping[str, Any]]
+) -> None:
     """A line per client, and a thin one for the run's own test loss."""
-    for index, (client_id, (x, loss)) in enumerate(curves.items()):
+    for client_id, (x, loss) in curves.items():
         every = max(1, len(x) // 15)
-        axes.plot(x, loss, label=_client_name(client_id), markevery=every, **look(index))
-    average = run.values("test/loss")
+        axes.plot(x, loss, label=_client_name(client_id), markevery=every, **looks[client_id])
+    name, average = _thin_line(run)
     if average:
         rounds = sorted(average)
-        losses = [average[index] for index in rounds]
         thin: dict[str, Any] = {"color": "#555555", "linewidth": 1.0, "marker": ".", "markersize": 3}
-        axes.plot([index + 1 for index in rounds], losses, label=_average_name(run), **thin)
+        axes.plot(rounds, [average[index] for index in rounds], label=name, **thin)
 
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -158,18 +209,40 @@ def _rounds_with_values(run: RunRecord) -> list[int]:
     )
 
 
-def _over_modules(values: object) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Geometric mean, least and most of the modules' positive singular values, by index."""
-    assert isinstance(values, dict)
-    longest = max(len(one) for one in values.values())
-    table = np.full((len(values), longest), np.nan)
-    for row, one in enumerate(values.values()):
-        table[row, : len(one)] = one
-    table[~(table > 0)] = np.nan
-    used = ~np.isnan(table).all(axis=0)
-    table = np.log(table[:, used])
-    return (
-        np.exp(np.nanmean(table, axis=0)),
-        np.exp(np.nanmin(table, axis=0)),
-        np.exp(np.nanmax(table, axis=0)),
-    )
+def _spectrum_lines(run: RunRecord) -> list[tuple[str, "Band"]]:
+    """Lines of a panel: for each round shown one for each number of singular values that modules have there."""
+    rounds = _rounds_with_values(run)
+    shown = sorted({rounds[0], rounds[len(rounds) // 2], rounds[-1]})
+    by_round = {at: _by_length(run.spectra[at]) for at in shown}
+    if sum(map(len, by_round.values())) > MOST_LINES:
+        by_round = {rounds[-1]: by_round[rounds[-1]]}
+    lines = []
+    for at, by_length in by_round.items():
+        commonest = sorted(by_length, key=lambda length: -len(by_length[length]))[:MOST_LINES]
+        for length in sorted(commonest):
+            number = len(by_length[length])
+            of = f", {number} module{'s' * (number != 1)} of {length} values" if len(by_length) > 1 else ""
+            lines.append((f"round {at + 1}{of}", _over_modules(by_length[length])))
+    return lines
+
+
+def _by_length(modules: Mapping[str, Sequence[float]]) -> dict[int, list[Sequence[float]]]:
+    """Number of recorded singular values -> those of the modules that have as many, and some above 0."""
+    found: dict[int, list[Sequence[float]]] = {}
+    for values in modules.values():
+        if any(value > 0 for value in values):
+            found.setdefault(len(values), []).append(values)
+    return found
+
+
+Band = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+
+def _over_modules(values: Sequence[Sequence[float]]) -> Band:
+    """Geometric mean, least and most by index, as far as each of the modules has a positive singular value.
+
+    Beyond that the mean would be over fewer modules, and could rise.
+    """
+    table = np.array(values, dtype=np.float64)
+    table = np.log(table[:, : int((table > 0).sum(axis=1).min())])
+    return np.exp(table.mean(axis=0)), np.exp(table.min(axis=0)), np.exp(table.max(axis=0))

@@ -48,7 +48,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class ShownPartition:
-    """A partition of the report by one kind of class: that of the lowest seed of the groups that share it.
+    """A partition of the report by one kind of class: that of the lowest seed that has one of the groups that share it.
 
     Attributes:
         heading: what it belongs to, in one line.
@@ -104,10 +104,11 @@ def shown_partitions(groups: Sequence[Group]) -> list[ShownPartition]:
     labels: dict[str, list[str]] = {}
     runs: dict[str, RunRecord] = {}
     for group in groups:
-        if group.first.partition:
-            name = str(group.first.partition.get("hash", group.first.path))
+        run = next((run for run in group.runs if run.partition), None)
+        if run is not None:
+            name = str(run.partition.get("hash", run.path))
             labels.setdefault(name, []).append(group.label)
-            runs.setdefault(name, group.first)
+            runs.setdefault(name, run)
     shown = []
     for name, run in runs.items():
         heading = f"{_heading(labels[name], len(groups))} {seed_of(run)}"

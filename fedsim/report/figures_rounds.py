@@ -3,12 +3,13 @@
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Series, Spread
+from fedsim.report.groups import Group, Series, Spread, most_seeds, with_seeds
 from fedsim.report.style import (
     COLOURS,
     HATCHES,
@@ -37,6 +38,12 @@ MOST_PANELS = 6
 """Panels of one figure where each group has its own."""
 
 OVER_SEEDS = "Lines are means over seeds, bands reach from the least to the most."
+DRAWS_TEST_SET = ("data.test_fraction", "data.instruction.hold_out_fraction", "evaluation.max_test_examples")
+"""Keys by which run.seed decides which examples the global model is tested on."""
+
+SAME_LOSS = 1e-5
+"""Relative difference up to which two losses are those of one model on one set, in batches of other shapes."""
+
 PHASES = ("train_s", "wait_s", "gather_s", "aggregate_s", "evaluate_s")
 """Phases of a round as fedsim/server/round.py times them, in that order; others follow by name."""
 
@@ -47,6 +54,12 @@ def global_loss(groups: Sequence[Group]) -> list[Picture]:
         "Test loss of the global model after each round, and before training at 0; for strategies without a global "
         f"model the mean of the cohort's client losses. {OVER_SEEDS}"
     )
+    drawn = [key for key in DRAWS_TEST_SET if any(key in _draws_of(group) for group in groups)]
+    if drawn:
+        caption += (
+            f" Each seed draws its own test set ({', '.join(drawn)}), so that a band contains the differences between "
+            "test sets."
+        )
     return _lines(
         groups,
         "test/loss",
@@ -56,6 +69,26 @@ def global_loss(groups: Sequence[Group]) -> list[Picture]:
         caption,
         "test/loss_initial",
     )
+
+
+def _draws_of(group: Group) -> list[str]:
+    """Keys by which the seed draws the global test set; none where it is the same for all seeds.
+
+    Before training all seeds have the base's own loss, unless they are tested on different examples.
+    """
+    config = group.first.config
+    before = [run.values("test/loss_initial").get(0) for run in group.runs]
+    known = [loss for loss in before if loss is not None]
+    is_same = len(known) == len(before) and max(known) <= min(known) * (1 + SAME_LOSS)
+    if group.num_seeds < 2 or is_same:
+        return []
+    held_out = config["data.instruction.hold_out"] != "none"
+    drawn = {
+        "data.test_fraction": config["data.test_split"] is None and not held_out,
+        "data.instruction.hold_out_fraction": held_out and not config["data.instruction.hold_out_names"],
+        "evaluation.max_test_examples": config["evaluation.max_test_examples"] is not None,
+    }
+    return [key for key in DRAWS_TEST_SET if drawn[key]]
 
 
 def train_loss(groups: Sequence[Group]) -> list[Picture]:
@@ -94,7 +127,11 @@ def _lines(
     initial_key: str | None = None,
 ) -> list[Picture]:
     """A line per group that has the metric."""
-    found = [(group.label, series) for group in groups if (series := group.series(key, initial_key))]
+    found = [
+        (with_seeds(group.label, series.num_seeds, most_seeds(groups)), series)
+        for group in groups
+        if (series := group.series(key, initial_key))
+    ]
     return line_pictures(found, name, heading, unit, caption)
 
 
@@ -138,7 +175,9 @@ def class_loss_by_round(groups: Sequence[Group]) -> list[Picture]:
             texts = class_names(group.first)
             for index, line in series.items():
                 draw_series(one, line, texts.get(index, f"class {index}"), class_look(index, max(series) + 1))
-            title(one, group.label, 55 if len(part) > 1 else 100)
+            num_seeds = max(line.num_seeds for line in series.values())
+            heading = with_seeds(group.label, num_seeds, most_seeds(groups))
+            title(one, heading, 55 if len(part) > 1 else 100)
             _by_round(one, LOSS)
             finish_value_axis(one, [line.mean for line in series.values()])
         legend_below(figure, axes[[series for _, series in part].index(most)])
@@ -169,7 +208,9 @@ def class_loss_at_end(groups: Sequence[Group]) -> list[Picture]:
             error = np.array(
                 [(spread.mean - spread.low, spread.high - spread.mean) for spread in losses.values()]
             )
-            axes.errorbar(x, mean, yerror_of(error.T), label=plain(group.label), capsize=3, **look(index))
+            tested = group.seeds_with(lambda run, group=group: _any_class_loss(run, group))  # type: ignore[misc]
+            label = with_seeds(group.label, tested, most_seeds(groups))
+            axes.errorbar(x, mean, yerror_of(error.T), label=plain(label), capsize=3, **look(index))
         texts = class_names(part[0][0].first)
         axes.set_xticks(
             range(num_classes),
@@ -218,7 +259,11 @@ def final_loss(groups: Sequence[Group]) -> list[Picture]:
                 continue
             y, x = np.array(places, dtype=np.float64).T
             axes.plot(x, y, label=f"seed {seed}", **{**look(index), "linewidth": 0.8})
-        texts = [textwrap.fill(plain(group.label), 44) for group, _ in measured]
+        tested = [group.seeds_with(lambda run: run.last("test/loss")) for group, _ in measured]
+        texts = [
+            textwrap.fill(plain(with_seeds(group.label, count, most_seeds(groups))), 44)
+            for (group, _), count in zip(measured, tested, strict=True)
+        ]
         axes.set_yticks(range(len(texts)), texts, fontsize=8)
         axes.set_ylim(len(texts) - 0.5, -0.5)
         label_axes(axes, f"final {LOSS}", "configuration")
@@ -254,15 +299,14 @@ def communication(groups: Sequence[Group]) -> list[Picture]:
     for group in groups:
         loss, total = group.series("test/loss", "test/loss_initial"), _cumulative_bytes(group)
         if loss is not None and total and total[max(total)] > 0:
-            curves.append((group.label, loss, np.array([total.get(int(x), 0.0) for x in loss.x])))
+            label = with_seeds(group.label, loss.num_seeds, most_seeds(groups))
+            curves.append((label, loss, np.array([total.get(int(x), 0.0) for x in loss.x])))
     pictures = []
     for number, part in enumerate(chunks(curves, MOST_LINES), start=1):
         name, size = byte_unit(max(float(sent.max()) for _, _, sent in part))
         figure, (axes,) = panels(1, height=3.6)
         for index, (label, loss, sent) in enumerate(part):
-            draw_series(
-                axes, Series(sent / size, loss.mean, loss.low, loss.high, loss.count), label, look(index)
-            )
+            draw_series(axes, replace(loss, x=sent / size), label, look(index))
         label_axes(axes, f"cumulative communication, up and down, all clients ({name})", LOSS)
         finish_value_axis(axes, [loss.low for _, loss, _ in part])
         positive = np.concatenate([sent[sent > 0] for _, _, sent in part])
@@ -303,7 +347,12 @@ def time_breakdown(groups: Sequence[Group]) -> list[Picture]:
     names = [phase for phase in PHASES if any(phase in seconds for _, seconds in found)]
     names += sorted({phase for _, seconds in found for phase in seconds} - {*names, "round_s", "rest"})
     names += ["rest"] if any(seconds.get("rest", 0.0) > 0 for _, seconds in found) else []
-    texts = [textwrap.fill(plain(group.label), 44) for group, _ in found]
+    most = most_seeds(groups)
+    labels = [
+        with_seeds(group.label, group.seeds_with(lambda run: mean_of(run, "time/round_s")), most)
+        for group, _ in found
+    ]
+    texts = [textwrap.fill(plain(label), 44) for label in labels]
     figure, (axes,) = panels(1, height=0.8 + sum(max(0.4, 0.18 * (text.count("\n") + 1)) for text in texts))
     y = np.arange(len(found))[::-1]
     left = np.zeros(len(found))
@@ -370,6 +419,12 @@ def _class_losses_at_end(group: Group) -> dict[int, Spread]:
         for index, key in _class_keys(group).items()
     }
     return {index: spread for index, spread in spreads.items() if spread is not None}
+
+
+def _any_class_loss(run: RunRecord, group: Group) -> float | None:
+    """Of the last round, the loss of one of the length classes that the run measured."""
+    losses = (next(reversed(run.values(key).values()), None) for key in _class_keys(group).values())
+    return next((loss for loss in losses if loss is not None), None)
 
 
 def _class_keys(group: Group) -> dict[int, str]:

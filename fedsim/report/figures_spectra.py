@@ -9,7 +9,7 @@ import numpy as np
 
 from fedsim.report.figures_rounds import OVER_SEEDS, line_pictures
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Series, seed_of
+from fedsim.report.groups import Group, Series, most_seeds, seed_of, with_seeds
 from fedsim.report.style import (
     MOST_LINES,
     ROUNDS,
@@ -78,8 +78,11 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
         figure, axes = panels(len(part), sharey=True)
         for one, (group, lines) in zip(axes, part, strict=True):
             for index, (rank, series) in enumerate(lines.items()):
-                draw_series(one, series, f"LoRA rank {rank}", look(index))
-            title(one, group.label, 55 if len(part) > 1 else 100)
+                label = with_seeds(f"LoRA rank {rank}", series.num_seeds, group.num_seeds)
+                draw_series(one, series, label, look(index))
+            num_seeds = max(series.num_seeds for series in lines.values())
+            heading = with_seeds(group.label, num_seeds, most_seeds(groups))
+            title(one, heading, 55 if len(part) > 1 else 100)
             label_axes(one, ROUNDS, "share of energy kept")
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
@@ -87,7 +90,8 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
         legend_of_all(figure, axes)
         caption = (
             "Share of the squared singular values of the average update that the best approximation of a tier's LoRA "
-            f"rank keeps: mean over the modules that have this rank in some tier. {OVER_SEEDS}"
+            "rank keeps: mean over the modules that have this rank in some tier, over the seeds whose tiers have it "
+            f"where these are counted. {OVER_SEEDS}"
         )
         name = "energy_kept" if number == 1 else f"energy_kept_{number}"
         pictures.append(Picture(name, "Energy kept at each tier's rank by round", caption, figure))
@@ -96,9 +100,16 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
 
 def rank_collapse(groups: Sequence[Group]) -> list[Picture]:
     """Energy beyond the smallest rank of any tier, and effective rank, by round; a line per group."""
-    beyond = [(group.label, series) for group in groups if (series := group.series_of(_beyond_smallest))]
+    most = most_seeds(groups)
+    beyond = [
+        (with_seeds(group.label, series.num_seeds, most), series)
+        for group in groups
+        if (series := group.series_of(_beyond_smallest))
+    ]
     effective = [
-        (group.label, series) for group in groups if (series := group.series("spectrum/effective_rank"))
+        (with_seeds(group.label, series.num_seeds, most), series)
+        for group in groups
+        if (series := group.series("spectrum/effective_rank"))
     ]
     return line_pictures(
         beyond,
@@ -106,9 +117,9 @@ def rank_collapse(groups: Sequence[Group]) -> list[Picture]:
         "Rank collapse: energy beyond the smallest rank by round",
         "share of energy beyond the smallest rank",
         "Share of the squared singular values of the average update that the smallest LoRA rank of any tier cannot "
-        "hold, mean over modules; where it falls towards 0 the ranks collapse (arXiv 2602.13486). Runs that did not "
-        "record the update's squared norm show metrics.jsonl's spectrum/energy_beyond_smallest_rank, which takes the "
-        f"smallest rank of the round's cohort. {OVER_SEEDS}",
+        "hold, mean over modules; where it falls towards 0 the ranks collapse (arXiv 2602.13486). Runs without "
+        "tiers.json or the update's squared norm show metrics.jsonl's spectrum/energy_beyond_smallest_rank, which "
+        f"takes the smallest rank of the round's cohort. {OVER_SEEDS}",
     ) + line_pictures(
         effective,
         "effective_rank",
@@ -121,7 +132,7 @@ def rank_collapse(groups: Sequence[Group]) -> list[Picture]:
 def truncation(groups: Sequence[Group], modules: Sequence[str] = ()) -> list[Table]:
     """Error and energy of truncation to each tier's rank, by module, after the last round."""
     found = [(group, module) for group in groups for module in chosen_modules(group.first, modules)]
-    ranks = sorted({rank for group, module in found for rank in ranks_of(group.first, module)})[:MOST_RANKS]
+    ranks = sorted({rank for group, module in found for rank in _ranks_of_any(group, module)})[:MOST_RANKS]
     if not found or not ranks:
         return []
     lines = [
@@ -133,7 +144,7 @@ def truncation(groups: Sequence[Group], modules: Sequence[str] = ()) -> list[Tab
         "After the last round, mean over seeds: relative error ||W - W_r|| / ||W|| (Frobenius) of the best "
         "approximation of rank r of the average update W, which is what is left beyond the top r singular values, "
         "and in brackets the share of the squared singular values that it keeps. "
-        "'-': no client has this rank in this module."
+        "'1 of 2 seeds': the others have no client of this rank in this module; '-': none has."
     )
     if any(not group.first.energies.get(max(group.first.spectra), {}) for group, _ in found):
         note += (
@@ -144,14 +155,15 @@ def truncation(groups: Sequence[Group], modules: Sequence[str] = ()) -> list[Tab
 
 
 def _truncation_cell(group: Group, module: str, rank: int) -> str:
-    if rank not in ranks_of(group.first, module):
-        return "-"
-    spread = group.spread(lambda run: kept_share(run, module, rank))
-    error = group.spread(lambda run: _error(kept_share(run, module, rank)))
+    def kept_of(run: RunRecord) -> float | None:
+        return kept_share(run, module, rank) if rank in ranks_of(run, module) else None
+
+    spread = group.spread(kept_of)
+    error = group.spread(lambda run: _error(kept_of(run)))
     if spread is None or error is None:
         return "-"
     kept = f"{spread.mean:.1%}" if spread.mean < 0.9995 or spread.mean == 1 else "over 99.9%"
-    return f"{error.mean:.3g} ({kept})"
+    return with_seeds(f"{error.mean:.3g} ({kept})", group.seeds_with(kept_of), group.num_seeds)
 
 
 def kept_share(run: RunRecord, module: str, rank: int, round_index: int | None = None) -> float | None:
@@ -212,6 +224,11 @@ def ranks_of(run: RunRecord, module: str) -> list[int]:
     return sorted(ranks)
 
 
+def _ranks_of_any(group: Group, module: str) -> set[int]:
+    """The same over all seeds of a group, each of which draws its clients' tiers anew."""
+    return {rank for run in group.runs for rank in ranks_of(run, module)}
+
+
 def _has_energies(run: RunRecord) -> bool:
     return bool(run.tiers) and any(run.energies.values())
 
@@ -223,7 +240,7 @@ def _kept_series(group: Group) -> dict[int, Series]:
     a client of the cohort had it.
     """
     modules = sorted({module for run in group.runs for values in run.spectra.values() for module in values})
-    ranks = {rank for module in modules for rank in ranks_of(group.first, module)}
+    ranks = {rank for module in modules for rank in _ranks_of_any(group, module)}
     if not all(_has_energies(run) for run in group.runs):
         recorded = {key for run in group.runs for record in run.metrics for key in record}
         ranks = {int(match[1]) for key in recorded if (match := KEPT.fullmatch(key))}

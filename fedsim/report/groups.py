@@ -9,8 +9,11 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.config.checks import DRAWS_SIZES, USERS_OF_PARTITION_KEYS
+from fedsim.config.keys import all_keys, show
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.config.model_section import Distribution
+from fedsim.errors import ConfigError
 from fedsim.report.folders import RunRecord
 
 LENGTH = ("run.rounds", "early_stopping.patience")
@@ -25,6 +28,21 @@ ALWAYS_SHOWN = 3
 LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
+USERS_OF_KEYS = {
+    "min_examples": DRAWS_SIZES,
+    "dirichlet_alpha": (
+        "length_skew",
+        "quantity_skew",
+        "length_and_quantity",
+        "label_skew",
+        "plato_label",
+        "plato_quantity",
+    ),
+    **USERS_OF_PARTITION_KEYS,
+}
+"""Key below data.partition -> the partitioners that use it; others are used by all."""
+
+STRATEGY = "strategy.name"
 DISTRIBUTION = "lora.distribution"
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 """Resource distributions in the paper's order."""
@@ -43,13 +61,17 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A metric by rounds completed, over the seeds that have it: mean, least, most, number of runs."""
+    """A metric by rounds completed, over the runs that have it: mean, least, most, number of runs.
+
+    `num_seeds` are those that have it in any round.
+    """
 
     x: NDArray[np.float64]
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
     count: NDArray[np.int64]
+    num_seeds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +92,11 @@ class Group:
     def first(self) -> RunRecord:
         """The counted run of the lowest seed."""
         return self.runs[0]
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the counted runs."""
+        return len({run.seed for run in self.runs})
 
     @property
     def is_finished(self) -> bool:
@@ -94,9 +121,11 @@ class Group:
     def series_of(self, values: Callable[[RunRecord], Mapping[int, float]]) -> Series | None:
         """What `values` gives for each run, rounds completed -> value; None where no run has any."""
         by_round: dict[int, list[float]] = {}
+        seeds = set()
         for run in self.runs:
             for index, value in values(run).items():
                 by_round.setdefault(index, []).append(value)
+                seeds.add(run.seed)
         if not by_round:
             return None
         rounds = sorted(by_round)
@@ -107,11 +136,16 @@ class Group:
             low=np.array([min(at) for at in found]),
             high=np.array([max(at) for at in found]),
             count=np.array([len(at) for at in found]),
+            num_seeds=len(seeds),
         )
 
     def spread(self, figure: Callable[[RunRecord], float | None]) -> Spread | None:
         """A figure of a run over the counted runs that have it; None where none has."""
         return _spread_of([value for value in map(figure, self.runs) if value is not None])
+
+    def seeds_with(self, figure: Callable[[RunRecord], float | None]) -> int:
+        """Seeds of the counted runs that have a figure."""
+        return len({run.seed for run in self.runs if figure(run) is not None})
 
     def difference(self, other: "Group", figure: Callable[[RunRecord], float | None]) -> Spread | None:
         """A figure minus that of another group at the same seed, over the seeds that stand for one run in both.
@@ -137,8 +171,8 @@ def group_runs(records: Sequence[RunRecord]) -> list[Group]:
             by_config.setdefault(_identity(record.config), []).append(record)
     members = list(by_config.values())
     configs = [compared(runs[0].config) for runs in members]
-    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
-    labels = _labels(configs, keys, members)
+    keys = _keys_that_differ(configs)
+    labels = _labels(configs, members)
     groups = []
     for place in sorted(range(len(members)), key=lambda index: _sort_key(configs[index], keys)):
         runs = sorted(members[place], key=lambda run: (run.seed, run.name))
@@ -160,9 +194,22 @@ def seed_of(run: RunRecord) -> str:
     return f"(seed\u00a0{run.seed})"
 
 
+def most_seeds(groups: Sequence[Group]) -> int:
+    """Seeds of the group that has most."""
+    return max((group.num_seeds for group in groups), default=0)
+
+
+def with_seeds(label: str, num_seeds: int, most: int) -> str:
+    """`label (1 of 2 seeds)` where a line or point is over fewer seeds than there are, else the label alone."""
+    return label if num_seeds >= most else f"{label} ({num_seeds} of {most} seeds)"
+
+
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a configuration that make it another one."""
-    return {key: value for key, value in config.items() if not _is_ignored(key)}
+    """The keys of a configuration that make it another one, without those that its partitioner does not use."""
+    unused = {
+        f"data.partition.{key}" for key, users in USERS_OF_KEYS.items() if config[PARTITION] not in users
+    }
+    return {key: value for key, value in config.items() if key not in unused and not _is_ignored(key)}
 
 
 def _is_ignored(key: str) -> bool:
@@ -173,9 +220,19 @@ def _identity(config: Mapping[str, Any]) -> str:
     return json.dumps(compared(config), sort_keys=True, default=str)
 
 
-def _keys_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every key, in the order in which the configurations name them."""
-    return list(dict.fromkeys(key for config in configs for key in config))
+def _keys_that_differ(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of which the configurations that have them have several values, in the order of the configuration tree.
+
+    One that only some partitioners use tells nothing beyond their names, if all that use it agree.
+    """
+    found = dict.fromkeys(key for config in configs for key in config)
+    in_order = [
+        *(key for key in all_keys() if key in found),
+        *(key for key in found if key not in all_keys()),
+    ]
+    return [
+        key for key in in_order if len({_key_text(config[key]) for config in configs if key in config}) > 1
+    ]
 
 
 def _key_text(value: Any) -> str:
@@ -203,23 +260,66 @@ def _sort_key(config: Mapping[str, Any], keys: Sequence[str]) -> list[tuple[int,
     return order
 
 
+def baseline_of(groups: Sequence[Group], wanted: Mapping[str, Any] | None = None) -> Group:
+    """The group that others are compared with.
+
+    Args:
+        groups: of a report, at least one.
+        wanted: key, dotted or as labels name it -> its value; None for the only IID group or, where there is not one,
+            the first group.
+
+    Raises:
+        ConfigError: a key is none that groups have, or not one group has these values.
+    """
+    configs = [compared(group.first.config) for group in groups]
+    if wanted is None:
+        even = [group for group in groups if group.first.config[PARTITION] == "iid"]
+        return even[0] if len(even) == 1 else groups[0]
+    dotted = {name: key for key, name in _short_names(_keys_that_differ(configs)).items()}
+    keys = {dotted.get(name, name): value for name, value in wanted.items()}
+    for key in keys:
+        if not any(key in config for config in configs):
+            raise ConfigError(
+                f"command line: --baseline must have keys that make configurations, or short ones that their labels "
+                f"show, got {show(key)}"
+            )
+    found = [
+        group
+        for group, config in zip(groups, configs, strict=True)
+        if all(key in config and _is_value(config[key], value) for key, value in keys.items())
+    ]
+    if len(found) != 1:
+        given = ",".join(f"{name}={show(value)}" for name, value in wanted.items())
+        which = "; ".join(group.label for group in found or groups)
+        raise ConfigError(
+            f"command line: --baseline {given} must hold for one configuration, got {len(found)} of {len(groups)}; "
+            f"{'these' if found else 'there'} are: {which}"
+        )
+    return found[0]
+
+
+def _is_value(value: Any, wanted: Any) -> bool:
+    """Equal values, or a text that a label shows of a value: the last part of a path, 0.1 for 0.1."""
+    return _key_text(value) == _key_text(wanted) or _value_text(value) == _value_text(wanted)
+
+
 def labels_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each configuration the keys in which they differ, with its values."""
-    keys = [key for key in _keys_of(configs) if len({_key_text(config.get(key)) for config in configs}) > 1]
-    names = _short_names(keys)
-    return [_label(config, keys, names) for config in configs]
+    """For each configuration what a reader needs of the keys in which they differ, with its values.
 
-
-def _labels(
-    configs: Sequence[Mapping[str, Any]], keys: Sequence[str], members: Sequence[Sequence[RunRecord]]
-) -> list[str]:
-    """A different text for each configuration."""
-    if not keys:
-        return [runs[0].name if len(runs) == 1 else "all runs" for runs in members]
+    Where that leaves two with one label they name all of these keys, and may be alike still: values are shortened.
+    """
+    keys = _keys_that_differ(configs)
     names = _short_names(keys)
     short = [_label(config, _shown_keys(config, configs, keys), names) for config in configs]
     whole = [_label(config, keys, names) for config in configs]
-    labels = [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+    return [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+
+
+def _labels(configs: Sequence[Mapping[str, Any]], members: Sequence[Sequence[RunRecord]]) -> list[str]:
+    """A different text for each configuration."""
+    if len(configs) == 1:
+        return [runs[0].name if len(runs) == 1 else "all runs" for runs in members]
+    labels = labels_of(configs)
     return [
         label if labels.count(label) == 1 else f"{label} ({runs[0].name})"
         for label, runs in zip(labels, members, strict=True)
@@ -229,21 +329,21 @@ def _labels(
 def _shown_keys(
     config: Mapping[str, Any], configs: Sequence[Mapping[str, Any]], keys: Sequence[str]
 ) -> list[str]:
-    """Of the keys that differ, those that a label needs.
+    """Of the keys that differ and that the configuration uses, those that a label needs.
 
-    Where many differ, one is left out where it has the value of more than half of the groups. Dirichlet's alpha says
-    nothing of an IID partition, and where alpha is shown the name of the only other partition adds nothing.
+    Where many differ, one is left out where it has the value of more than half of the groups, but for the strategy.
+    Where alpha is shown the name of the only partition that has one adds nothing.
     """
     shown = []
     for key in keys:
-        values = Counter(_key_text(other.get(key)) for other in configs)
-        is_usual = values[_key_text(config.get(key))] > len(configs) / 2
-        if len(keys) <= ALWAYS_SHOWN or not is_usual:
+        values = Counter(_key_text(other[key]) for other in configs if key in other)
+        if key not in config:
+            continue
+        is_usual = values[_key_text(config[key])] > len(configs) / 2
+        if len(keys) <= ALWAYS_SHOWN or key == STRATEGY or not is_usual:
             shown.append(key)
-    partitions = {str(other.get(PARTITION)) for other in configs}
-    if config.get(PARTITION) == "iid":
-        return [key for key in shown if key != DIRICHLET_ALPHA] if PARTITION in shown else shown
-    if DIRICHLET_ALPHA in shown and len(partitions - {"iid"}) == 1:
+    with_alpha = {str(other[PARTITION]) for other in configs if DIRICHLET_ALPHA in other}
+    if DIRICHLET_ALPHA in shown and len(with_alpha) == 1:
         return [key for key in shown if key != PARTITION]
     return shown
 
@@ -259,7 +359,7 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def _label(config: Mapping[str, Any], keys: Sequence[str], names: Mapping[str, str]) -> str:
-    text = ", ".join(f"{names[key]}={_value_text(config.get(key))}" for key in keys)
+    text = ", ".join(f"{names[key]}={_value_text(config[key])}" for key in keys if key in config)
     return text or "otherwise as usual"
 
 

@@ -1,12 +1,16 @@
 """Tables of a report as rows of texts, and their Markdown."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from fedsim.config.keys import show
 from fedsim.report.figures_rounds import mean_of
 from fedsim.report.folders import RunRecord
-from fedsim.report.groups import Group, Spread
+from fedsim.report.groups import DISTRIBUTION, Group, Spread, compared
 
 NOT_RECORDED = "not recorded"
 
@@ -29,8 +33,60 @@ class Table:
         )
 
 
-def results(groups: Sequence[Group]) -> Table:
-    """Losses, fairness, rounds, bytes and seconds of each group, with their spread over seeds."""
+COMMON = {
+    "data.source": "data",
+    "data.subset": "subset of the data",
+    "data.max_examples": "most examples used",
+    "data.partition.name": "partition",
+    "data.partition.dirichlet_alpha": "Dirichlet's alpha",
+    "data.partition.num_clients": "clients",
+    "model.name_or_path": "base model",
+    "strategy.name": "strategy",
+    "lora.distribution": "distribution of LoRA ranks",
+    "lora.rank": "LoRA rank",
+    "run.rounds": "rounds",
+    "cohort.size": "clients of a round",
+    "cohort.fraction": "share of clients in a round",
+    "training.local_epochs": "local epochs",
+    "training.local_steps": "local steps",
+    "training.batch_size": "batch size",
+    "training.optimizer.name": "optimizer",
+    "training.optimizer.lr": "learning rate",
+}
+"""Keys that a reader asks for first -> what they are, in the order of the table."""
+
+
+def common(groups: Sequence[Group]) -> list[Table]:
+    """What all groups have in common of the keys that a reader asks for first."""
+    configs = [compared(group.first.config) for group in groups]
+    rows = []
+    for key, meaning in COMMON.items():
+        values = [config.get(key) for config in configs]
+        if (
+            values[0] is not None
+            and all(value == values[0] for value in values)
+            and not _is_idle(configs, key)
+        ):
+            value = values[0] if isinstance(values[0], str) else show(values[0])
+            rows.append((meaning, value, key))
+    if not rows:
+        return []
+    note = "Of the keys that are asked for first those with one value in all runs; config.yaml of a run has them all."
+    return [Table("common", "Common to all runs", ("what", "value", "key"), tuple(rows), note)]
+
+
+def _is_idle(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Whether a key decides nothing in some run: the LoRA rank where tiers or a distribution do."""
+    return key == "lora.rank" and any(config[DISTRIBUTION] or config["lora.tiers"] for config in configs)
+
+
+def results(groups: Sequence[Group], baseline: Group) -> Table:
+    """Losses, fairness, rounds, bytes and seconds of each group, with their spread over seeds.
+
+    Args:
+        groups: of the report.
+        baseline: one of them, which the difference of losses is taken to.
+    """
     rows = []
     for group in groups:
         best = group.spread(_best_loss)
@@ -40,7 +96,7 @@ def results(groups: Sequence[Group]) -> Table:
                 ", ".join(str(run.seed) for run in group.runs),
                 _text(group.spread(lambda run: float(len(run.metrics))), _count),
                 _text(group.spread(lambda run: run.last("test/loss")), _loss),
-                _difference(group, groups[0]),
+                _difference(group, baseline),
                 _text(best, _loss) + _best_round(group),
                 _text(group.spread(lambda run: run.last("test/perplexity")), _perplexity),
                 _text(group.spread(lambda run: run.last("fairness/test_loss_variance")), _small),
@@ -53,7 +109,7 @@ def results(groups: Sequence[Group]) -> Table:
         "seeds",
         "rounds",
         "final test loss",
-        "final test loss, less that of the first row",
+        "final test loss, less that of the baseline",
         "best test loss (round)",
         "final perplexity",
         "final fairness variance",
@@ -62,7 +118,8 @@ def results(groups: Sequence[Group]) -> Table:
     )
     note = (
         "Mean ± sample standard deviation over seeds [least, most]; a single seed has no spread. Losses in nats per "
-        "label token; the difference to the first row is taken seed by seed; best over rounds (1 is the first); "
+        f"label token. The baseline is {baseline.label} (--baseline names another); the difference to it is taken seed "
+        "by seed. Best over rounds (1 is the first); "
         "variance of the cohort's test losses after local training in nats² per token²; communication of all simulated "
         "clients in both directions over the whole run."
     )
@@ -75,7 +132,7 @@ def parameters(groups: Sequence[Group]) -> Table:
     for group in groups:
         run = group.first
         base, adapter = _parameters(run)
-        trained = run.clients["trained_parameters"]
+        trained = np.concatenate([one.clients["trained_parameters"] for one in group.runs])
         least, most = (int(trained.min()), int(trained.max())) if trained.size else (0, 0)
         whole = base + adapter if base is not None and adapter is not None else None
         rows.append(
@@ -86,11 +143,11 @@ def parameters(groups: Sequence[Group]) -> Table:
                 _range(least, most) if trained.size else NOT_RECORDED,
                 f"{most / whole:.4%}" if whole and trained.size else NOT_RECORDED,
                 _payload(
-                    run,
+                    group,
                     "comm/client_payload_pickled_mib",
                     lambda value: f"{value:.2f} MiB" if value >= 0.1 else f"{value:.2g} MiB",
                 ),
-                _payload(run, "comm/client_payload_bytes", lambda value: f"{int(value):,} bytes"),
+                _payload(group, "comm/client_payload_bytes", lambda value: f"{int(value):,} bytes"),
             )
         )
     head = (
@@ -99,12 +156,14 @@ def parameters(groups: Sequence[Group]) -> Table:
         "all parameters",
         "trained by a client",
         "share",
-        "a client's payload, pickled",
-        "a client's payload, factors",
+        "largest payload, pickled",
+        "largest payload, factors",
     )
     note = (
-        "All parameters are those of the base and the adapter together; the payload is that of the largest client in "
-        "one direction, pickled as the paper's table 1 counts it."
+        "All parameters are those of the base and the adapter together. What a client trains and sends is of the "
+        "clients that took part, in all rounds and seeds: least to most trained, and what the one that sent most sent "
+        "in a round, in one direction. Pickled is as the paper's table 1 counts it, of an adapter of the largest ranks "
+        "of all clients, and recorded where a client sent one."
     )
     if any(NOT_RECORDED in row[2] for row in rows):
         note += " Where it says 'not recorded', run.json has no entry `parameters` with `base` and `adapter`."
@@ -135,11 +194,11 @@ def runs_table(groups: Sequence[Group]) -> Table:
     return Table("runs", "Runs", head, tuple(rows), "In the order of the figures.")
 
 
-def _difference(group: Group, first: Group) -> str:
+def _difference(group: Group, baseline: Group) -> str:
     """Of the final test losses at equal seeds, with its sign."""
-    if group is first:
-        return "itself"
-    spread = group.difference(first, lambda run: run.last("test/loss"))
+    if group is baseline:
+        return "the baseline"
+    spread = group.difference(baseline, lambda run: run.last("test/loss"))
     return "no seed in common" if spread is None else _text(spread, _signed)
 
 
@@ -154,8 +213,8 @@ def _range(least: int, most: int) -> str:
     return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
 
-def _payload(run: RunRecord, key: str, shown: Callable[[float], str]) -> str:
-    values = run.values(key).values()
+def _payload(group: Group, key: str, shown: Callable[[float], str]) -> str:
+    values = [value for run in group.runs for value in run.values(key).values()]
     return shown(max(values)) if values else NOT_RECORDED
 
 

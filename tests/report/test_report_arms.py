@@ -90,6 +90,21 @@ def test_what_else_differs_tells_rows_of_one_method_apart(tmp_path):
     ]
 
 
+def test_a_row_of_an_even_partition_names_no_alpha(tmp_path):
+    texts = [
+        setting(
+            "flexlora", "uniform", f"data.partition.name={name}", f"data.partition.dirichlet_alpha={alpha}"
+        )
+        for name, alpha in (("iid", 5), ("length_skew", 0.1), ("length_skew", 1))
+    ]
+    _, rows = arms(tmp_path, *texts)
+    assert [row.label for row in rows] == [
+        "FedIT + FlexLoRA, dirichlet_alpha=0.1",
+        "FedIT + FlexLoRA, dirichlet_alpha=1",
+        "FedIT + FlexLoRA, partition=iid",
+    ]
+
+
 def test_slora_is_a_base_method_of_its_own(tmp_path):
     _, rows = arms(
         tmp_path,

@@ -9,7 +9,9 @@ import pytest
 
 from fedsim.report.__main__ import main
 from fedsim.report.build import make_report
+from fedsim.report.style import LOSS
 from tests.report.synthetic_runs import write_run
+from tests.report.test_report_figures import axes_of, check, pictures_of
 
 SEEDS = (0, 1, 2)
 CATEGORIES = ("Question Answering", "Text Matching", "Word Relation")
@@ -173,6 +175,25 @@ def losses_of(path):
     return np.array([records[0]["test/loss_initial"], *(one["test/loss"] for one in records)]), records
 
 
+def test_the_figure_of_answers_shows_scores_and_loss_of_every_arm(runs):
+    drawn = pictures_of(runs)
+    assert "answers_tf" not in drawn
+    check(drawn["answers"])
+    by_title = {axes.get_title(): axes for axes in axes_of(drawn["answers"])}
+    keys = ("test/rougeL", "test/rougeL_stem", "test/exact_match", "test/loss")
+    assert list(by_title) == ["Rouge-L, no stemmer", "Rouge-L, stemmer", "exact match", "test loss"]
+    for (heading, axes), key in zip(by_title.items(), keys, strict=True):
+        lines = [line for line in axes.lines if not line.get_label().startswith("_")]
+        assert len(lines) == len(ARMS)
+        (mine,) = (line for line in lines if "hetlora" in line.get_label())
+        scale = 1 if key == "test/loss" else 100
+        assert mine.get_ydata()[-1] == pytest.approx(scale * recorded(runs, "hetlora", key).mean())
+        assert axes.get_xlabel() == "rounds completed"
+        assert axes.get_ylabel() == (LOSS if heading == "test loss" else "score (x 100)")
+        if key != "test/loss":
+            assert axes.get_ylim()[0] == 0
+
+
 def test_rounds_to_a_given_target_and_their_cost(runs):
     target = 4.775
     table = tables_of(runs, target_loss=target)["rounds_to_target"]
@@ -260,12 +281,14 @@ def test_tiers_have_their_own_clients_costs(tmp_path):
 
 def test_what_runs_do_not_have_is_left_out(tmp_path):
     write_run(tmp_path / "plain", rounds=1)
-    assert set(tables_of(tmp_path / "plain")) == {"results", "parameters", "runs"}
+    assert set(tables_of(tmp_path / "plain")) == {"common", "results", "parameters", "runs"}
     write_run(tmp_path / "bare", "lora.distribution=uniform", rounds=1, evaluate=False, client_tests=False)
-    assert set(tables_of(tmp_path / "bare")) == {"results", "parameters", "runs"}
+    assert set(tables_of(tmp_path / "bare")) == {"common", "results", "parameters", "runs"}
     write_run(tmp_path / "one", "lora.distribution=uniform", rounds=2, tiers=RANKS)
     found = tables_of(tmp_path / "one")
-    assert set(found) == {"results", "parameters", "runs", "loss_by_method", "rounds_to_target", "tiers"}
+    assert set(found) == {
+        "common", "results", "parameters", "runs", "loss_by_method", "rounds_to_target", "tiers"
+    }  # fmt: skip
     assert re.fullmatch(r"4\.\d{4}", found["loss_by_method"].rows[0][-1])  # nothing to compare with
     assert [found["tiers"].rows[0][place] for place in (6, 10)] == ["not recorded", "not recorded"]
 
@@ -305,6 +328,11 @@ def test_scores_of_teacher_forced_guesses_are_named_so(tmp_path):
     assert found["gain_by_category_tf_1"].rows[0] == ("A", "1", "25.00", "+0.00")
     assert "rouge_by_method" not in found
     assert "answers_tf" in found
+    drawn = pictures_of(tmp_path)
+    assert "answers" not in drawn
+    check(drawn["answers_tf"])
+    assert [axes.get_title() for axes in axes_of(drawn["answers_tf"])] == ["Rouge-L, no stemmer", "test loss"]
+    assert "teacher-forced guesses" in drawn["answers_tf"].title
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from fedsim.config.keys import all_keys
 from fedsim.report.folders import find_runs, read_run
-from fedsim.report.groups import group_runs
+from fedsim.report.groups import PARTITION, USERS_OF_KEYS, group_runs
 from tests.report.synthetic_runs import write_run
 
 
@@ -57,6 +58,49 @@ def test_labels_name_what_differs_in_order_of_size_with_iid_last(tmp_path):
     ]
 
 
+def test_keys_that_the_partitioner_does_not_use_do_not_tell_runs_apart(tmp_path):
+    for seed, alpha in ((0, 0.1), (1, 100)):
+        settings = ("data.partition.name=iid", f"data.partition.dirichlet_alpha={alpha}")
+        write_run(
+            tmp_path,
+            *settings,
+            f"data.partition.min_examples={seed + 1}",
+            name=f"i{seed}",
+            seed=seed,
+            rounds=1,
+        )
+    (iid,) = groups_in(tmp_path)
+    assert [run.seed for run in iid.runs] == [0, 1]
+    assert iid.label == "all runs"
+
+
+def test_a_label_names_no_key_that_the_partitioner_does_not_use(tmp_path):
+    partition = "data.partition."
+    for name, skew, *more in (
+        ("iid", "iid", "dirichlet_alpha=7", "examples_per_client=30"),
+        ("length", "length_skew", "dirichlet_alpha=0.1", "examples_per_client=30"),
+        ("even", "length_skew", "dirichlet_alpha=1", "examples_per_client=30"),
+        ("quantity", "quantity_skew", "dirichlet_alpha=0.1", "min_examples=10"),
+        ("natural", "natural", "min_examples=10", "dirichlet_alpha=9"),
+    ):
+        settings = [f"{partition}name={skew}", *(partition + key for key in more)]
+        write_run(tmp_path, *settings, name=name, rounds=1)
+    assert [group.label for group in groups_in(tmp_path)] == [
+        "partition=length_skew, dirichlet_alpha=0.1",
+        "partition=length_skew, dirichlet_alpha=1",
+        "partition=natural",
+        "partition=quantity_skew, dirichlet_alpha=0.1",
+        "partition=iid",
+    ]
+
+
+def test_the_users_of_a_partition_key_are_partitioners():
+    names = set(all_keys()[PARTITION].choices)
+    for key, users in USERS_OF_KEYS.items():
+        assert f"data.partition.{key}" in all_keys()
+        assert set(users) < names
+
+
 def test_two_skews_and_two_alphas_name_both(tmp_path):
     for skew in ("length_skew", "quantity_skew"):
         for alpha in ("0.1", "1"):
@@ -80,6 +124,14 @@ def test_of_many_keys_that_differ_the_usual_values_are_left_out(tmp_path):
         write_run(tmp_path, key, name=key.replace("=", "-"), rounds=1)
     labels = {group.label for group in groups_in(tmp_path)}
     assert labels == {"otherwise as usual", "rank=5", "batch_size=3", "local_epochs=2", "dropout=as_config"}
+
+
+def test_the_strategy_is_named_however_usual_it_is(tmp_path):
+    for number, key in enumerate(("rank=5", "rank=6", "lora_alpha=3", "dropout=0.2", "use_rslora=true")):
+        strategy = "fedex" if number == 0 else "flexlora"
+        write_run(tmp_path, f"strategy.name={strategy}", f"lora.{key}", name=f"r{number}", rounds=1)
+    labels = [group.label for group in groups_in(tmp_path)]
+    assert sorted(label.rpartition("strategy=")[2] for label in labels) == ["fedex", *["flexlora"] * 4]
 
 
 def test_tiers_are_short_in_a_label(tmp_path):

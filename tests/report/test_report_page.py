@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_the_page_is_whole_and_needs_nothing_beside_it(runs, tmp_path, capsys):
         assert address.startswith("data:image/png;base64,") or address.removeprefix("#") in page.ids
     assert re.findall(r"https?://|url\(|@import|<script", text) == []
     shown = capsys.readouterr()
-    assert shown.out.startswith(f"{out / 'index.html'}: 10 figures, 3 tables\n")
+    assert shown.out.startswith(f"{out / 'index.html'}: 10 figures, 4 tables\n")
     assert shown.err == ""
 
 
@@ -96,7 +97,7 @@ def test_two_calls_write_the_same_bytes(runs, tmp_path):
 
 
 def test_the_table_has_mean_deviation_least_and_most(runs):
-    results, parameters, all_runs = make_report([runs]).tables
+    _, results, parameters, all_runs = make_report([runs]).tables
     row = dict(zip(results.head, results.rows[0], strict=True))
     # losses of the last round: 4.6 - 2/60 and 0.03 more; deviation of two values 0.03 apart: 0.03 / sqrt(2)
     assert row["final test loss"] == "4.5817 ± 0.0212 [4.5667, 4.5967]"
@@ -116,9 +117,28 @@ def test_the_table_has_mean_deviation_least_and_most(runs):
 
 
 def test_counts_that_no_run_recorded_are_said_to_be_missing(tmp_path):
-    table = make_report([write_run(tmp_path)]).tables[1]
+    (table,) = (table for table in make_report([write_run(tmp_path)]).tables if table.name == "parameters")
     assert table.rows[0][2] == "not recorded"
     assert "run.json has no entry `parameters`" in table.note
+
+
+def test_parameters_and_payload_are_those_of_the_clients_that_took_part_in_any_seed(tmp_path):
+    """The largest client of the federation may never be drawn, and each seed draws others."""
+    tiers = [
+        {"q_proj": [1]},
+        {"q_proj": [2]},
+        {"q_proj": [4]},
+    ]  # the third, client 2, comes in round 2 of seed 1 only
+    for seed, rounds in ((0, 1), (1, 2)):
+        settings = ("lora.distribution=uniform", "strategy.name=flexlora")
+        options = {"num_clients": 6, "cohort": 2, "tiers": tiers, "recorded": rounds}
+        write_run(tmp_path, *settings, seed=seed, rounds=2, **options)
+    (table,) = (table for table in make_report([tmp_path]).tables if table.name == "parameters")
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    assert row["trained by a client"] == "1,024 to 3,072"
+    assert row["largest payload, factors"] == "12,288 bytes"
+    assert "of the clients that took part" in table.note
+    assert "of the largest client in" not in table.note
 
 
 def test_names_cannot_break_the_page_or_the_table(tmp_path):
@@ -166,6 +186,9 @@ def test_a_run_folder_is_no_place_for_a_report(runs, capsys):
         (["a"], "ConfigError: command line: the following arguments are required: --out"),
         (["nowhere", "--out", "out"], "RunFolderError: nowhere must be a run folder"),
         (["a", "--out", "b", "--clients", "1,x"], "must be client ids such as 0,3,7, got '1,x'"),
+        (["a", "--out", "b", "--baseline", "iid"], "must be different keys with values such as"),
+        (["a", "--out", "b", "--baseline", "x=1,x=2"], "must be different keys with values such as"),
+        (["a", "--out", "b", "--baseline", "x=[1"], "ConfigError: x"),
         (["a", "--out", "b", "--colour"], "ConfigError: command line: unrecognized arguments: --colour"),
     ],
 )
@@ -184,6 +207,88 @@ def test_an_out_that_is_a_file_is_refused(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert main([str(runs), "--out", str(tmp_path / "file")]) == 2
     assert "must be a folder for the report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/report", "taken", "run"])
+def test_a_place_that_cannot_be_used_is_refused_before_anything_is_read(place, tmp_path, monkeypatch, capsys):
+    def too_late(*arguments):
+        raise AssertionError("the report was drawn first")
+
+    monkeypatch.setattr("fedsim.report.build.make_report", too_late)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "taken" / "figures").mkdir(parents=True)
+    run = write_run(tmp_path, name="run", rounds=1)
+    assert main([str(run), "--out", str(tmp_path / place)]) == 2
+    assert "must be a folder for the report" in capsys.readouterr().err
+
+
+def test_nothing_is_made_at_a_good_place_before_the_runs_are_read(tmp_path):
+    assert main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out" / "report")]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_all_runs_have_in_common_stands_first(tmp_path):
+    for name, rank, alpha in (("a", 1, 0.1), ("b", 2, 0.1)):
+        settings = (f"lora.rank={rank}", f"data.partition.dirichlet_alpha={alpha}")
+        write_run(tmp_path, *settings, "training.optimizer.lr=0.25", name=name, rounds=2)
+    table = make_report([tmp_path]).tables[0]
+    assert table.title == "Common to all runs"
+    found = {key: (what, value) for what, value, key in table.rows}
+    assert found["run.rounds"] == ("rounds", "2")
+    assert found["strategy.name"] == ("strategy", "fedavg")
+    assert found["training.optimizer.lr"] == ("learning rate", "0.25")
+    assert found["data.partition.dirichlet_alpha"][1] == "0.1"
+    assert {"data.source", "model.name_or_path", "strategy.name", "cohort.size"} < set(found)
+    assert "lora.rank" not in found
+    assert "training.local_steps" not in found  # not set
+    # what differs, or is of no use in some run, is not common
+    write_run(tmp_path, "data.partition.name=iid", "lora.distribution=uniform", name="c", rounds=3)
+    found = {row[2] for row in make_report([tmp_path]).tables[0].rows}
+    assert not found & {"run.rounds", "data.partition.name", "data.partition.dirichlet_alpha", "lora.rank"}
+
+
+def differences(folder, **options):
+    """Baseline's name in the note, and configuration -> difference of losses."""
+    (table,) = (table for table in make_report([folder], **options).tables if table.name == "results")
+    place = table.head.index("final test loss, less that of the baseline")
+    return table.note, {row[0]: row[place] for row in table.rows}
+
+
+def test_differences_are_to_the_only_iid_arm_or_the_first_row_or_the_one_named(tmp_path):
+    for name, better, *settings in (
+        ("a", 0.0, "data.partition.dirichlet_alpha=0.1"),
+        ("b", 0.25, "data.partition.dirichlet_alpha=100"),
+    ):
+        write_run(tmp_path, *settings, name=name, rounds=1, better_by=better)
+    first, second, iid = "dirichlet_alpha=0.1", "dirichlet_alpha=100", "partition=iid"
+    note, found = differences(tmp_path)
+    assert f"The baseline is {first} " in note
+    assert found == {first: "the baseline", second: "-0.2500"}
+    write_run(tmp_path, "data.partition.name=iid", name="c", rounds=1, better_by=0.5)
+    note, found = differences(tmp_path)
+    assert f"The baseline is {iid} " in note
+    assert found == {first: "+0.5000", second: "+0.2500", iid: "the baseline"}
+    for wanted in ({"data.partition.dirichlet_alpha": 100}, {"dirichlet_alpha": 100.0}):
+        note, found = differences(tmp_path, baseline=wanted)
+        assert f"The baseline is {second} " in note
+        assert found == {first: "+0.2500", second: "the baseline", iid: "-0.2500"}
+    write_run(tmp_path, "data.partition.name=iid", "lora.rank=3", name="d", rounds=1)
+    assert list(differences(tmp_path)[1].values()).index("the baseline") == 0  # two even ones: the first row
+
+
+def test_a_baseline_that_is_not_one_configuration_is_refused(tmp_path, capsys):
+    for alpha in (0.1, 1):
+        write_run(tmp_path, f"data.partition.dirichlet_alpha={alpha}", name=f"a{alpha}", rounds=1)
+    for text, said in {
+        "dirichlet_alpha=7": "must hold for one configuration, got 0 of 2; there are: dirichlet_alpha=0.1; dirichlet",
+        "data.partition.name=length_skew": "must hold for one configuration, got 2 of 2; these are: dirichlet_alpha",
+        "alpha=1": "must have keys that make configurations, or short ones that their labels show, got 'alpha'",
+        "run.seed=0": "must have keys that make configurations",
+    }.items():
+        assert main([str(tmp_path), "--out", str(tmp_path / "out"), "--baseline", text]) == 2
+        assert said in capsys.readouterr().err
+    assert main([str(tmp_path), "--out", str(tmp_path / "out"), "--baseline", "dirichlet_alpha=1"]) == 0
+    assert "The baseline is dirichlet_alpha=1 " in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_only_runs_without_a_round_are_refused(tmp_path, capsys):
@@ -207,6 +312,47 @@ def test_another_base_within_a_group_is_noted(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path, seed=seed, info={"inputs": {"data": str(seed), "base": str(seed)}})
     assert any("different base weights" in note for note in make_report([tmp_path]).notes)
+
+
+def test_a_base_that_one_run_does_not_name_is_no_other_base(tmp_path):
+    write_run(tmp_path, seed=0, info={"inputs": {"base": "0"}})
+    write_run(tmp_path, seed=1)
+    assert not any("different base weights" in note for note in make_report([tmp_path]).notes)
+
+
+def test_what_damaged_folders_lack_is_not_called_unmeasured(tmp_path):
+    """A loss that is not finite was evaluated, and a partition of another seed is one."""
+    lost = {"test/loss": math.nan, "test/loss_initial": math.nan}
+    for seed in (0, 1):
+        path = write_run(tmp_path, seed=seed, extra=lambda round_index: lost)
+        if seed == 0:
+            (path / "partition.json").unlink()
+            (path / "clients.parquet").unlink()
+    report = make_report([tmp_path])
+    names = {picture.name for picture in report.pictures}
+    assert "partition_1" in names
+    (partition,) = (picture for picture in report.pictures if picture.name == "partition_1")
+    assert "seed\u00a01" in partition.caption
+    text = " ".join(report.notes)
+    assert "no round was evaluated" not in text
+    assert "global test loss: no round recorded a finite one" in text
+    assert "was tested after local training, by clients.parquet of the lowest seeds" in text
+
+
+def test_a_finished_run_that_lost_its_last_rounds_is_told(tmp_path):
+    path = write_run(tmp_path, rounds=3)
+    assert not any("metrics.jsonl has" in note for note in make_report([path]).notes)
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (path / "metrics.jsonl").write_text("".join(lines[:2]))
+    assert any("finished, but metrics.jsonl has 2 of 3 rounds" in note for note in make_report([path]).notes)
+    stopped = write_run(tmp_path, "early_stopping.metric=test_loss", name="stopped", rounds=3, recorded=2)
+    assert not any("metrics.jsonl has" in note for note in make_report([stopped]).notes)
+    info = json.loads((stopped / "run.json").read_text())
+    info["early_stopping"] = {"metric": "test_loss", "exported_after_rounds": 3}
+    (stopped / "run.json").write_text(json.dumps(info))
+    (note,) = (note for note in make_report([stopped]).notes if "exported" in note)
+    assert "metrics.jsonl lacks round 3" in note
+    assert "never tested" not in note
 
 
 def test_the_report_needs_neither_torch_nor_pandas(small, tmp_path):
@@ -242,4 +388,4 @@ def test_a_json_number_that_is_huge_does_not_stop_the_report(tmp_path):
     run = write_run(tmp_path, rounds=1)
     record = json.loads((run / "metrics.jsonl").read_text()) | {"test/perplexity": 1e300}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    assert "1e+300" in make_report([run]).tables[0].rows[0]
+    assert "1e+300" in make_report([run]).tables[1].rows[0]

@@ -44,13 +44,13 @@ def error_left(W, rank):
     return np.linalg.norm(W - cut) / np.linalg.norm(W)
 
 
-def make_run(folder, energy=True, **options):
+def make_run(folder, energy=True, tiers=TIERS, **options):
     return write_run(
         folder,
         "lora.distribution=uniform",
         "strategy.name=flexlora",
         rounds=4,
-        tiers=TIERS,
+        tiers=tiers,
         values=lambda round_index: spectra_of(round_index, energy),
         **options,
     )
@@ -167,3 +167,32 @@ def test_singular_values_of_modules_are_those_of_the_last_round(tmp_path):
     (axes,) = axes_of(picture)
     values = np.linalg.svd(matrix(MODULES[4], 3), compute_uv=False)[:RECORDED]
     np.testing.assert_allclose(line(axes, "layers.2.self_attn.k_proj"), values)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (1, 0)])
+def test_ranks_that_only_some_seeds_have_are_shown_with_their_number(seeds, tmp_path):
+    """Each seed draws its clients' tiers, and a rare one may have no client; the lowest seed decides nothing."""
+    make_run(tmp_path, name="all", seed=seeds[0])
+    path = make_run(tmp_path, name="some", seed=seeds[1], tiers=[TIERS[0], {"k_proj": [2], "q_proj": [2]}])
+    lines = [json.loads(line) for line in (path / "spectra.jsonl").read_text().splitlines()]
+    for record in lines:  # another matrix, so that a mean over both seeds would be seen
+        record |= {
+            name: [4 * value for value in values] for name, values in record.items() if name == MODULES[0]
+        }
+        record[f"{MODULES[0]}/energy"] = [25 * record[f"{MODULES[0]}/energy"][0]]
+    (path / "spectra.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    (table,) = (one for one in make_report([tmp_path]).tables if one.name == "truncation")
+    assert table.head[2:] == ("rank 1", "rank 2", "rank 3")
+    one, two, three = table.rows[0][2:]
+    W = matrix(MODULES[0], 3)
+    assert three == f"{error_left(W, 3):.3g} ({1 - error_left(W, 3) ** 2:.1%}) (1 of 2 seeds)"
+    kept = 16 * (1 - error_left(W, 2) ** 2) / 25
+    assert two == f"{(1 - kept) ** 0.5:.3g} ({kept:.1%}) (1 of 2 seeds)"
+    assert "seeds" not in one
+    picture = pictures_of(tmp_path)["energy_kept"]
+    check(picture)
+    (axes,) = axes_of(picture)
+    labels = [one.get_label() for one in axes.lines if one.get_label().startswith("LoRA")]
+    assert labels == ["LoRA rank 1", "LoRA rank 2", "LoRA rank 3 (1 of 2 seeds)"]
+    expected = [np.mean([1 - error_left(matrix(name, at), 3) ** 2 for name in MODULES]) for at in range(4)]
+    np.testing.assert_allclose(line(axes, labels[2]), expected, rtol=1e-9)
