@@ -50,6 +50,19 @@ def test_florist_keeps_the_smallest_rank_with_enough_energy(energy, ranks, seed)
         np.testing.assert_allclose(product(factors), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize(("energy", "global_rank"), [(1e-9, 1), (1.0, 9)])
+def test_florist_records_what_its_adapter_or_the_largest_client_holds(energy, global_rank):
+    """Three clients of rank 3: nine components."""
+    cohort = [random_adapter(k, 3) for k in range(3)]
+    result = Florist(make_federation(3), energy).aggregate(
+        start(3), [make_report(k) for k in range(3)], stream(cohort)
+    )
+    for module, spectrum in result.spectra.items():
+        values = np.linalg.svd(sum(product(adapter[module]) for adapter in cohort) / 3, compute_uv=False)
+        assert result.state.adapter[module].rank == global_rank
+        np.testing.assert_allclose(spectrum, values[: max(3, global_rank)], rtol=1e-9)
+
+
 def test_florist_gives_clients_no_more_than_their_tier_and_no_more_than_there_is():
     strategy = Florist(make_federation(4), 0.5)
     state = one_round(strategy, start(), {0: ranks_of(4), 1: ranks_of(4)}, noisy).state

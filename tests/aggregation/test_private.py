@@ -14,7 +14,7 @@ from fedsim.aggregation.private import PrivacySettings, Private, clip_update
 from fedsim.aggregation.server_optimizers import ServerOptimized, ServerOptimizerSettings
 from fedsim.errors import AggregationError, ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
-from fedsim.lora.plan import BOTH, ONLY_A, ONLY_B, Client, Upload, absent
+from fedsim.lora.plan import BOTH, ONLY_A, ONLY_B, Client, ClientPlan, Upload, absent
 from fedsim.lora.state import ServerState
 from tests.cohorts import TARGETS, make_federation, make_report, one_round, random_adapter, stream
 
@@ -217,6 +217,29 @@ def test_only_what_travels_is_clipped_and_gets_noise(sides, side):
     assert np.array_equal(vector(after, other), vector(state.adapter, other))
     noise = vector(after, side) - vector(state.adapter, side) - change / 4
     assert np.std(noise) == pytest.approx(0.7 / 4, rel=0.3)
+
+
+class StartsElsewhere:
+    """Averages as FedAvg does, but its clients start from zero factors."""
+
+    def __init__(self) -> None:
+        self.inner = FedAvg(make_federation())
+        self.name, self.traits = "starts_elsewhere", self.inner.traits
+        self.sends, self.download, self.upload = self.inner.sends, self.inner.download, self.inner.upload
+        self.aggregate, self.export = self.inner.aggregate, self.inner.export
+
+    def plan(self, state, client, received):
+        return ClientPlan(received.map(torch.zeros_like))
+
+
+def test_the_change_is_bounded_as_the_server_sees_it_wherever_a_client_starts():
+    state = ServerState(0, random_adapter(7))
+    after = one_round(private(0.5, 0.0, inner=StartsElsewhere()), state, RANKS, lambda _, start: start)
+    change = vector(after.state.adapter) - vector(state.adapter)
+    # three clients of four expected ones, each pulled straight towards the zeros where they stayed
+    np.testing.assert_allclose(
+        change, -vector(state.adapter) * 3 / 4 * 0.5 / np.linalg.norm(vector(state.adapter)), rtol=1e-5
+    )
 
 
 def test_modules_one_by_one_give_the_same_bits():

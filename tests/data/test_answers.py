@@ -95,6 +95,36 @@ def test_several_references_tasks_and_categories_are_kept() -> None:
     assert answers.parts.tolist() == [0, 2]
 
 
+def merging_tokenizer() -> Any:
+    """A byte-pair tokenizer of single characters that writes ":x" and ":xy" as one token."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "<pad>", "</s>", *"abxyz:", ":x", ":xy"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    model = models.BPE(vocabulary, merges=[(":", "x"), (":x", "y")], unk_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>", unk_token="<s>")
+
+
+@pytest.mark.parametrize("answer", ["xyz", "xz", "z", "xy"])
+def test_a_token_across_the_boundary_belongs_to_the_answer(answer: str) -> None:
+    tokenizer = merging_tokenizer()
+    prompted = PromptedTexts(
+        Template("{instruction}:", "{instruction}:"), ("ab",), ("",), ((answer,),), np.zeros(1, dtype=np.int8)
+    )
+    store = build_token_store(TextSet(prompted), tokenizer, 32, "error", "training", "answer")
+    whole = tokenizer(f"ab:{answer}", return_offsets_mapping=True)
+    prompt = [
+        token
+        for token, (start, end) in zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+        if all(character < len("ab:") for character in range(start, end))
+    ]
+
+    assert store.sequence(0).tolist() == [*whole["input_ids"], tokenizer.eos_token_id]
+    assert store.label_start.tolist() == [len(prompt)]
+    assert len(prompt) == (3 if answer == "z" else 2), "the tokens of an answer with x begin in the prompt"
+
+
 def test_a_prompt_without_a_token_is_that_of_the_beginning() -> None:
     """Else the answer's first token would follow from nothing, and never be learned."""
     from tokenizers import processors

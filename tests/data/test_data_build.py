@@ -8,7 +8,9 @@ import pytest
 
 from fedsim.config.data_section import DataConfig, PartitionConfig
 from fedsim.data.build import FederatedData, build_data
+from fedsim.data.quantity_skew import draw_sizes
 from fedsim.errors import DataError
+from fedsim.seeding import numpy_generator
 from tests.helpers import random_texts, word_tokenizer
 
 
@@ -107,6 +109,15 @@ def test_classes_that_do_not_exist_matter_only_where_they_are_used(
 def test_a_partition_that_cannot_be_is_refused(partition: dict[str, Any], message: str, source: str) -> None:
     with pytest.raises(DataError, match=message):
         build(source, partition=partition)
+
+
+@pytest.mark.parametrize(("quantity_alpha", "used"), [(0.3, 0.3), (None, 50.0)])
+def test_sizes_have_an_alpha_of_their_own(quantity_alpha: float | None, used: float, source: str) -> None:
+    rules = {"name": "length_and_quantity", "dirichlet_alpha": 50.0, "quantity_alpha": quantity_alpha}
+    partition = build(source, seed=3, partition={**rules, "min_examples": 4}).partition
+    expected, _ = draw_sizes(8, 360, used, 4, numpy_generator(3, "partition"))
+
+    assert (partition.sizes + partition.test_sizes).tolist() == expected.tolist()
 
 
 BY_LABEL = [

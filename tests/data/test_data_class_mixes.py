@@ -14,7 +14,7 @@ from fedsim.data import class_mixes
 from fedsim.data.class_mixes import deal_class_mixes
 from fedsim.data.length_and_quantity import deal_length_and_quantity
 from fedsim.data.length_skew import deal_length_skew
-from fedsim.data.partition import Deal
+from fedsim.data.partition import Deal, log_gamma_draws
 from fedsim.data.quantity_skew import deal_quantity_skew, draw_sizes
 from fedsim.errors import DataError
 from fedsim.seeding import numpy_generator
@@ -114,6 +114,22 @@ def test_what_the_corpus_cannot_give_is_stated() -> None:
     assert deal.notes["max_total_variation_drawn_to_realised"] >= 1 - 200 / 500 - 1e-9
     equal = deal_class_mixes(classes, 5, np.full(1000, 1), 1e6, generator(0))
     assert equal.notes["mean_total_variation_drawn_to_realised"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_distances_are_to_what_was_drawn_not_to_what_could_be_had() -> None:
+    whole = deal_class_mixes(np.arange(1000) % 5, 5, np.array([1000]), 1e-3, generator(0))
+    assert whole.notes["max_total_variation_drawn_to_realised"] == pytest.approx(0.8, abs=1e-6), (
+        "a client that holds the corpus drew one class of five"
+    )
+    classes, sizes = unequal_classes(900, 5, seed=2), np.array([400, 20, 150, 60])
+    deal = deal_class_mixes(classes, 5, sizes, 0.5, generator(6))
+    gammas = np.exp(log_gamma_draws(0.5, (4, 5), generator(6)))
+    drawn = gammas / gammas.sum(axis=1, keepdims=True)
+    realised = counts_of(deal, classes) / sizes[:, None]
+    distances = np.maximum(drawn - realised, 0).sum(axis=1)
+
+    assert deal.notes["mean_total_variation_drawn_to_realised"] == pytest.approx(distances.mean(), rel=1e-9)
+    assert deal.notes["max_total_variation_drawn_to_realised"] == pytest.approx(distances.max(), rel=1e-9)
 
 
 def test_equal_sizes_are_length_skew() -> None:

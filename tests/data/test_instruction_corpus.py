@@ -165,6 +165,21 @@ def test_the_repositorys_split_holds_the_first_instances_of_unseen_tasks(tmp_pat
     assert read(source, rules, seed=1, test_split="test").fingerprint != corpus.fingerprint
 
 
+def test_each_task_draws_its_instances_by_itself(tmp_path: Path) -> None:
+    source = write_tasks(tmp_path / "ni", num_instances=20)
+    rules = {"format": "natural_instructions", "examples_per_task": 4, "hold_out": "task"}
+    prompted = read(source, rules).train.prompted
+    assert prompted is not None
+    assert prompted.tasks is not None
+    drawn: dict[str, list[int]] = {}
+    for task, text in zip(prompted.tasks, prompted.inputs, strict=True):
+        drawn.setdefault(task, []).append(int(text.split()[0][1:]) - 30)
+
+    assert all(len(set(places)) == 4 and places == sorted(places) for places in drawn.values())
+    assert len(drawn) == TASKS - 1
+    assert len({tuple(places) for places in drawn.values()}) > 1
+
+
 def test_a_task_in_both_lists_is_refused(tmp_path: Path) -> None:
     source = write_tasks(tmp_path / "ni", train=[0, 1], test=[1, 2])
     with pytest.raises(DataError, match="must not hold tasks of data.train_split=train, got 1 .task001_a"):
@@ -281,6 +296,16 @@ def test_unseen_clients_are_disjoint(kind: str, seed: int, tmp_path: Path) -> No
     assert read(source, {**ROWS, "hold_out": kind, "hold_out_fraction": 0.4}, seed).fingerprint == (
         corpus.fingerprint
     )
+
+
+@pytest.mark.parametrize(("fraction", "number"), [(0.3, 3), (0.25, 2), (0.01, 1), (0.99, 8)])
+def test_the_number_of_held_out_tasks_is_the_nearest_but_never_none_or_all(
+    fraction: float, number: int, tmp_path: Path
+) -> None:
+    source = write_client_lines(tmp_path / "clients.jsonl.gz", num_clients=9)
+    rules = {"format": "client_lines", "hold_out": "task", "hold_out_fraction": fraction}
+
+    assert [len(tasks) for tasks in tasks_of(read(source, rules))] == [9 - number, number]
 
 
 def test_held_out_names_are_those_asked_for(tmp_path: Path) -> None:

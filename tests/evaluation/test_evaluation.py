@@ -38,6 +38,7 @@ def test_worst_tenth():
     values = [float(value) for value in range(20)]
     assert worst_share_mean(values) == 18.5
     assert worst_share_mean([1.0, 5.0, 2.0]) == 5.0, "at least one client"
+    assert worst_share_mean([float(value) for value in range(11)]) == 9.5, "1.1 clients are two"
     metrics = fairness_metrics([1.0, 3.0], "_before")
     assert metrics == {
         "fairness/test_loss_mean_before": 2.0,

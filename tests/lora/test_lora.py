@@ -71,6 +71,14 @@ def test_initial_adapter_depends_on_seed_and_module_alone():
     )
 
 
+def test_modules_of_one_shape_start_from_different_draws():
+    shapes = {"layers.0.q_proj": (400, 30), "layers.0.v_proj": (400, 30), "layers.1.q_proj": (400, 30)}
+    adapter = initial_adapter(shapes, dict.fromkeys(shapes, 8), ScalingRule(16.0), 0)
+    draws = torch.stack([factors.A.flatten() for factors in adapter.values()])
+    between = torch.corrcoef(draws)[~torch.eye(3, dtype=torch.bool)]
+    assert float(between.abs().max()) < 5 / math.sqrt(8 * 400), "independent draws"
+
+
 def test_a_rank_above_a_modules_smaller_side_is_refused():
     with pytest.raises(AdapterError, match=r"lora\.rank must be at most 8.*layers\.0\.q_proj.*got 9"):
         initial_adapter(SHAPES, dict.fromkeys(SHAPES, 9), ScalingRule(16.0), 0)
@@ -129,8 +137,21 @@ def test_peft_format_round_trip(use_rslora, tmp_path):
     )
 
 
-@pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (1, 2, 3, 4)], ids=["one-rank", "ragged"])
-def test_peft_computes_the_same_logits_from_the_export(ranks, tmp_path):
+RAGGED = (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scalings"),
+    [
+        ((3, 3, 3, 3), [16 / 3] * 4),
+        (RAGGED, [16 / rank for rank in RAGGED]),
+        (RAGGED, [16 / rank**0.5 for rank in RAGGED]),
+        (RAGGED, [1.0] * 4),
+    ],
+    ids=["one-rank", "ragged", "ragged-rslora", "ragged-unscaled"],
+)
+def test_peft_computes_the_same_logits_from_the_export(ranks, scalings, tmp_path):
+    """One lora_alpha says what `lora_alpha / rank` scales; else each module needs its own."""
     from peft import PeftModel
 
     base = tiny_opt()
@@ -141,9 +162,9 @@ def test_peft_computes_the_same_logits_from_the_export(ranks, tmp_path):
             module: LoraFactors(
                 torch.randn(rank, i, generator=generator),
                 torch.randn(o, rank, generator=generator),
-                16 / rank,
+                scaling,
             )
-            for (module, (i, o)), rank in zip(targets.items(), ranks, strict=True)
+            for (module, (i, o)), rank, scaling in zip(targets.items(), ranks, scalings, strict=True)
         }
     )
     save_peft_adapter(adapter, tmp_path, "base", ["q_proj", "v_proj"])

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 from fedsim.comm.exchange import broadcast_state
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.config.loader import load_config
+from fedsim.data.partition import Partition
 from fedsim.errors import CheckpointError, ConfigError, PeerError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.state import BestSoFar, ServerState
-from fedsim.server.build_tests import build_stopping_rule
+from fedsim.server.build_tests import build_stopping_rule, build_validation
 from fedsim.server.checkpoint import (
     list_checkpoints,
     load_checkpoint,
@@ -23,8 +25,11 @@ from fedsim.server.checkpoint import (
     saved_best,
 )
 from fedsim.server.early_stopping import StoppingRule, stopping_figures, why_stopped
+from fedsim.server.round import run_round
+from fedsim.server.turnout import Participation
 from fedsim.server.validation import Validation
 from tests.helpers import run_ranks
+from tests.server.test_round import NUM_CLIENTS, make_data, make_run, start_state
 
 LOSS = StoppingRule("test/loss", larger_is_better=False, before_training=False, patience=3)
 ROUGE = StoppingRule("validation/rougeL", larger_is_better=True, before_training=True, patience=3)
@@ -160,6 +165,64 @@ def test_the_score_is_the_mean_over_clients_weighted_by_their_training_examples(
     assert figures["validation/loss"] != pytest.approx(pooled), "contrast: examples pooled over clients"
     assert validated(SoloGroup(), [2]) == {}
     assert validated(SoloGroup(), []) == {}
+
+
+def test_validation_is_on_the_clients_that_report_back():
+    table, counts, sizes = np.arange(NUM_CLIENTS) ** 2.0, np.ones(NUM_CLIENTS), np.array([10, 20, 30, 40, 50])
+    validation = Validation(
+        "loss",
+        lambda client_id: np.array([client_id], dtype=np.int64),
+        sizes,
+        lambda examples: Lookup(table, counts, examples),
+    )
+    run = replace(
+        make_run(SoloGroup(), size=4), validation=validation, participation=Participation(dropout=0.5)
+    )
+    _, report = run_round(start_state(), run)
+    reporting = [client.client_id for client in report.clients]
+
+    assert 0 < len(reporting) < report.turnout.num_drawn == 4
+    assert report.figures["validation/num_clients"] == len(reporting)
+    expected = np.average(table[reporting], weights=sizes[reporting])
+    assert report.figures["validation/loss"] == pytest.approx(expected)
+
+
+def own_parts(limit: int | None) -> tuple[Partition, Validation]:
+    """Clients with one example to train on, one to test and four for evaluation, and the validation on the last."""
+    data = make_data()
+    parts = np.arange(30).reshape(NUM_CLIENTS, 6)
+    ones, fours = np.arange(NUM_CLIENTS + 1), np.arange(0, 4 * NUM_CLIENTS + 1, 4)
+    partition = replace(
+        data.partition,
+        train_indices=parts[:, 0], train_offsets=ones,
+        test_indices=parts[:, 1], test_offsets=ones,
+        eval_indices=parts[:, 2:].ravel(), eval_offsets=fours,
+    )  # fmt: skip
+    limited = [] if limit is None else [f"evaluation.max_client_test_examples={limit}"]
+    config = load_config(None, ["early_stopping.metric=validation_loss", *limited])
+    # what measures is of no consequence to which examples are measured
+    nothing: Any = None
+    validation = build_validation(config, nothing, nothing, nothing, replace(data, partition=partition))
+    assert validation is not None
+    return partition, validation
+
+
+def test_validation_is_on_what_the_corpus_keeps_for_it():
+    partition, validation = own_parts(None)
+    for client_id in range(NUM_CLIENTS):
+        examples = validation.examples_of(client_id).tolist()
+        assert (
+            examples
+            == partition.evaluation(client_id).tolist()
+            == list(range(6 * client_id + 2, 6 * client_id + 6))
+        )
+
+
+def test_each_client_draws_the_examples_of_its_own_that_are_measured():
+    _, validation = own_parts(2)
+    drawn = [validation.examples_of(client_id) - 6 * client_id for client_id in range(NUM_CLIENTS)]
+    assert all(len(places) == 2 and set(places.tolist()) < {2, 3, 4, 5} for places in drawn)
+    assert len({tuple(places.tolist()) for places in drawn}) > 1
 
 
 def told_best(group: Group) -> BestSoFar | None:

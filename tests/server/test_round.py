@@ -1,5 +1,6 @@
 """A whole round, alone and on several processes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedsim.evaluation.clients import CommonTest
 from fedsim.evaluation.losses import LossEvaluator
 from fedsim.evaluation.scorers import PackedScorer, PaddedScorer, Scorer
 from fedsim.lora.initial import ScalingRule, initial_adapter
-from fedsim.lora.state import ServerState
+from fedsim.lora.state import BestSoFar, ServerState
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.models.adapted import AdaptedModel
 from fedsim.models.base_update import UpdatableBase
@@ -25,6 +26,7 @@ from fedsim.models.targets import find_targets
 from fedsim.server.aggregation import Aggregator
 from fedsim.server.client_store import ClientStore
 from fedsim.server.cohort import CohortPolicy, LocalBudget
+from fedsim.server.early_stopping import StoppingRule
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import measure_global, run_round
 from fedsim.server.run import Run
@@ -245,8 +247,6 @@ def test_centralized_pools_the_data_with_the_budget_of_the_cohort():
 def test_evaluation_rounds():
     run = make_run(SoloGroup())
     assert [run.evaluates(index) for index in range(3)] == [True, True, True]
-    from dataclasses import replace
-
     every_two = replace(run, evaluate_every=2)
     assert [every_two.evaluates(index) for index in range(3)] == [False, True, True]
     _, report = run_round(start_state(), every_two)
@@ -255,14 +255,37 @@ def test_evaluation_rounds():
     assert "test/loss" not in round_metrics(report, 0.0)
 
 
+def test_the_last_round_decides_nothing_unless_it_is_a_regular_evaluation():
+    """A run may be extended, and would then not have been evaluated there."""
+    run = replace(
+        make_run(SoloGroup()), evaluate_every=2, stopping=StoppingRule("test/loss", False, False, 3)
+    )
+    beaten = BestSoFar(1e6, 0, 0)
+    after_regular, regular = run_round(replace(start_state(), round_index=1, best=beaten), run)
+    after_last, last = run_round(replace(start_state(), round_index=2, best=beaten), run)
+
+    assert after_regular.best == BestSoFar(regular.global_test.mean, 2, 0)
+    assert last.global_test.mean < beaten.score
+    assert after_last.best == beaten
+
+
+def test_each_clients_loss_before_is_that_of_its_own_start(tmp_path):
+    """Without aggregation a client starts where it ended the round before."""
+    run = make_run(SoloGroup(), "local", size=NUM_CLIENTS, num_packs=1, folder=tmp_path)
+    state, first = run_round(start_state(), run)
+    _, second = run_round(state, run)
+    ends = [client.test_loss_after for client in first.clients]
+
+    assert [client.test_loss_before for client in second.clients] == pytest.approx(ends, abs=1e-6)
+    assert np.abs(np.diff(sorted(ends))).min() > 1e-5, "all clients differ, or one's loss could be another's"
+
+
 def fail_on_one_rank(group: Group) -> str:
     from fedsim.errors import PeerError, TrainingError
 
     class Broken:
         def train(self, pack, plans, round_index):
             raise TrainingError("the loss of client 2 must stay finite, got nan")
-
-    from dataclasses import replace
 
     run = make_run(group)
     if group.rank == 1:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.aggregation.private import PrivacySettings
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.errors import TrainingError
 from fedsim.lora.factors import AdapterState, LoraFactors
@@ -153,6 +154,25 @@ def test_what_stays_with_a_client_is_as_it_trained_it(strategy, kind, policy, tm
     for client, tensors in kept["healthy"].items():
         for key, values in tensors.items():
             assert torch.equal(kept["broken"][client][key], values), (client, key)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [{"corruption": Corruption(1.0, "scaled", 100.0, 1)}, {"screening": Screening("fail", 0.1, "clip")}],
+    ids=["corrupted", "scaled-down"],
+)
+def test_differential_privacy_clips_what_arrives(around):
+    """A broken update moves the global adapter no further than a healthy one may: four clients of four expected."""
+    clip_norm = 1e-3
+    private = make_run(SoloGroup(), size=4, privacy=PrivacySettings(clip_norm, 0.0))
+    state, report = run_round(start_state(), replace(private, **around))
+    open_to_all, _ = run_round(start_state(), replace(make_run(SoloGroup(), size=4), **around))
+
+    assert report.num_corrupted + report.num_clipped == len(report.clients) == 4
+    assert 0 < update_norm(start_state().adapter, state.adapter) <= clip_norm * (1 + 1e-3)
+    assert update_norm(start_state().adapter, open_to_all.adapter) > 10 * clip_norm, (
+        "contrast: without clipping"
+    )
 
 
 def test_bytes_of_updates_that_are_left_out_are_counted():

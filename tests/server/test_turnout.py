@@ -1,17 +1,19 @@
 """Unreliable clients and the simulated clock: who reports back, when, and what a round makes of it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.server.cohort import CohortPolicy, sample_cohort
 from fedsim.server.metrics import client_rows, round_metrics
 from fedsim.server.round import run_round
-from fedsim.server.selection import round_jobs
+from fedsim.server.selection import drawn_cohort, round_jobs, who_reports
 from fedsim.server.turnout import Device, Outage, Participation, Slowness
 from tests.helpers import run_ranks
 from tests.server.test_round import NUM_CLIENTS, bits_of, make_run, start_state
@@ -100,8 +102,47 @@ def test_the_server_waits_for_the_deadline_only_where_somebody_is_missing():
     assert (late.reporting, late.num_late, late.round_s) == ((0, 1, 2), 1, 6.0)
     first = clocked(over_selection=2.0, deadline_s=6.0).turnout([0, 1, 2, 3], 2, seconds, 0, 0, 5)
     assert (first.reporting, first.num_surplus, first.num_late, first.round_s) == ((0, 2), 1, 1, 2.0)
-    few = clocked(over_selection=2.0).turnout([1], 2, seconds, 0, 0, 5)
-    assert (few.reporting, few.round_s) == ((1,), 5.0)
+    for deadline_s in (None, 6.0):
+        few = clocked(over_selection=2.0, deadline_s=deadline_s).turnout([1], 2, seconds, 0, 0, 5)
+        assert (few.reporting, few.round_s) == ((1,), 5.0), "there is nobody left to wait for"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "factor", "drawn"), [(3, 1.3, 4), (10, 1.1, 11), (100, 1.1, 110), (10, 1.01, 11), (4, 1.0, 4)]
+)
+def test_more_clients_are_drawn_than_wanted_rounded_up(wanted, factor, drawn):
+    """100 times 1.1 is a little more than 110 in floating point."""
+    policy, participation = CohortPolicy(200, wanted), Participation(over_selection=factor)
+    inputs = SimpleNamespace(cohort=policy, participation=participation, seed=1)
+    assert len(drawn_cohort(inputs, 0)) == drawn
+
+
+def test_no_client_of_a_poisson_cohort_is_surplus():
+    """Its size is only the expected one, and the server waits for all whom it has drawn."""
+    run = replace(make_run(SoloGroup(), size=2, probability=0.7), participation=clocked(availability=0.9))
+    drawn = [round_jobs(run, index) for index in range(12)]
+    for index, jobs in enumerate(drawn):
+        reporting, turnout = who_reports(run, replace(start_state(), round_index=index), jobs)
+        assert turnout is not None
+        assert (reporting, turnout.num_surplus) == (jobs, 0)
+    assert max(map(len, drawn)) > run.cohort.size
+
+
+def test_the_clock_knows_that_a_client_has_pruned_itself(tmp_path):
+    """Clients 0, 2 and 4 are of one tier of rank 4, of which 2 has pruned itself to one row."""
+    run = make_run(
+        SoloGroup(), "hetlora", 5, folder=tmp_path, ranks=(4, 2), arguments={"pruning_factor": 0.6}
+    )
+    state = replace(start_state((4, 2)), client_versions={2: 0}, round_index=1)
+    run.store.save(2, 0, {"lora_ranks": torch.ones(len(state.adapter), dtype=torch.int64)})
+    endless = replace(DEVICE, tokens_per_s=1e30)  # the traffic alone takes time
+    run = replace(run, participation=replace(clocked(), devices=(endless,)))
+    _, turnout = who_reports(run, state, round_jobs(run, 1))
+
+    row_bytes = 4 * len(state.adapter) * (16 + 16)
+    expected = {k: rank * row_bytes * (1 / 4e4 + 1 / 1e4) for k, rank in enumerate((4, 2, 1, 2, 4))}
+    assert turnout is not None
+    assert turnout.seconds == pytest.approx(expected)
 
 
 def test_clients_drop_out_with_the_probability_asked_for():
