@@ -76,10 +76,11 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
     pictures = []
     for number, part in enumerate(chunks(found, MOST_PANELS), start=1):
         figure, axes = panels(len(part), sharey=True)
+        ranks = sorted({rank for _, lines in part for rank in lines})
         for one, (group, lines) in zip(axes, part, strict=True):
-            for index, (rank, series) in enumerate(lines.items()):
+            for rank, series in lines.items():
                 label = with_seeds(f"LoRA rank {rank}", series.num_seeds, group.num_seeds)
-                draw_series(one, series, label, look(index))
+                draw_series(one, series, label, look(ranks.index(rank)))
             num_seeds = max(series.num_seeds for series in lines.values())
             heading = with_seeds(group.label, num_seeds, most_seeds(groups))
             title(one, heading, 55 if len(part) > 1 else 100)
@@ -87,7 +88,10 @@ def energy_kept(groups: Sequence[Group]) -> list[Picture]:
             one.tick_params(labelbottom=True, labelleft=True)
             one.ticklabel_format(axis="y", useOffset=False)
             rounds_axis(one)
-        legend_of_all(figure, axes)
+            if len(ranks) > MOST_LINES:  # looks come again
+                one.legend(fontsize=7, handlelength=3.0)
+        if len(ranks) <= MOST_LINES:
+            legend_of_all(figure, axes)
         caption = (
             "Share of the squared singular values of the average update that the best approximation of a tier's LoRA "
             "rank keeps: mean over the modules that have this rank in some tier, over the seeds whose tiers have it "

@@ -196,3 +196,21 @@ def test_ranks_that_only_some_seeds_have_are_shown_with_their_number(seeds, tmp_
     assert labels == ["LoRA rank 1", "LoRA rank 2", "LoRA rank 3 (1 of 2 seeds)"]
     expected = [np.mean([1 - error_left(matrix(name, at), 3) ** 2 for name in MODULES]) for at in range(4)]
     np.testing.assert_allclose(line(axes, labels[2]), expected, rtol=1e-9)
+
+
+def test_a_rank_looks_alike_in_all_panels_of_energy_kept(tmp_path):
+    make_run(tmp_path, name="a")
+    make_run(tmp_path, name="b", tiers=[{"k_proj": [2], "q_proj": [2]}, {"k_proj": [3], "q_proj": [3]}])
+    for run, scale in (("a", 1.0), ("b", 0.5)):  # two configurations
+        text = (tmp_path / run / "config.yaml").read_text()
+        assert "rank_scale: 1.0" in text
+        (tmp_path / run / "config.yaml").write_text(text.replace("rank_scale: 1.0", f"rank_scale: {scale}"))
+    picture = pictures_of(tmp_path)["energy_kept"]
+    check(picture)
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.lines if line.get_label().startswith("LoRA")}
+        for axes in axes_of(picture)
+    ]
+    few, many = sorted(colours, key=len)
+    assert list(few) == ["LoRA rank 2", "LoRA rank 3"]
+    assert few.items() < many.items()
