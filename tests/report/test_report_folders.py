@@ -133,4 +133,5 @@ def test_what_was_not_finite_is_a_gap(run):
     assert list(record.values("test/loss")) == [0]
     report = make_report([run])
     assert any("the test loss was not finite after round 2" in note for note in report.notes)
-    assert "not finite" in report.tables[0].rows[0]
+    (results,) = (table for table in report.tables if table.name == "results")
+    assert "not finite" in results.rows[0]
