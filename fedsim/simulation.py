@@ -156,6 +156,7 @@ def simulate(config: Config, group: Group, requests: StopRequests | None = None)
             same_everywhere(group, "the base model", base.fingerprint + base.settings)
             with all_or_none(group, "setting up the run"):
                 run = build_run(config, group, base, data, summary.tiers, summary.strategy)
+            same_everywhere(group, "how clients are trained (training.trainer)", type(run.trainer).__name__)
             with all_or_none(group, "opening the run folder"):
                 if group.rank == 0 and records is None:
                     records = _open_new(config, open_things)

@@ -347,7 +347,10 @@ def _checkpointing(training: TrainingConfig, model: ModelConfig) -> Iterator[str
 
 def _lora(lora: LoraConfig) -> Iterator[str]:
     if lora.tiers:
-        yield from _unused("lora", lora, ("rank", "distribution", "rank_scale"), "when lora.tiers is set")
+        others = ("rank", "distribution", "rank_policy", "rank_scale")
+        yield from _unused("lora", lora, others, "when lora.tiers is set")
+    elif lora.rank_policy is not None:
+        yield from _unused("lora", lora, ("distribution", "rank_scale"), "when lora.rank_policy is set")
     elif lora.distribution is None:
         yield from _unused("lora", lora, ("rank_scale",), "when lora.distribution is null")
     elif lora.distribution == "by_size":

@@ -54,7 +54,7 @@ class CohortConfig(Node):
 
 def over_selected(size: int, factor: float) -> int:
     """Clients drawn where `size` are wanted and `clients.over_selection` is `factor`; rounded up."""
-    return math.ceil(size * factor - 1e-9)  # 1.1 times 10 is 11
+    return math.ceil(size * factor - 1e-9)  # 1.1 times 100 is a little more than 110
 
 
 class OutageConfig(Node):

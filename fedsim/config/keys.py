@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fedsim.config.node import NAME_PATTERN
+from fedsim.config.node import NAME_PATTERN, OWN_PATTERN
 from fedsim.config.schema import Config
 from fedsim.config.strategy_section import OPTION_PATTERN, STRATEGY_NAMES, STRATEGY_PATTERN
 
@@ -19,6 +19,7 @@ PATTERN_RULES = {
     NAME_PATTERN: "a text of 1 to 120 letters, digits, '.', '_' or '-', the first a letter or digit",
     STRATEGY_PATTERN: f"one of {'|'.join(STRATEGY_NAMES)}, or package.module:Class",
     OPTION_PATTERN: "a text name=value",
+    OWN_PATTERN: "a text package.module:function",
 }
 LONGEST_SHOWN = 60
 FOREIGN_NAMES = {

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsim.config.node import EMBEDDED, Node, key
+from fedsim.config.node import EMBEDDED, OWN_PATTERN, Node, key
 
 Distribution = Literal[
     "homogeneous",
@@ -129,6 +129,12 @@ class LoraConfig(Node):
         "80/5/5/10 (.._readme 85/5/5/5), normal 5.75/44.25/44.25/5.75 (.._code 5.75/5.75/44.25/44.25), "
         "heavy_tail_strong 5/5/10/80 (.._readme 5/5/5/85); by_size: ranks below lora.rank that grow with a client's "
         "data, as in HLoRA (arXiv 2503.00813)",
+    )
+    rank_policy: str | None = key(
+        None,
+        "instead of lora.tiers: a function of your own, package.module:function, that gives each client its LoRA ranks "
+        "by the modules, the clients' sizes, lora.rank and run.seed (docs/strategies.md)",
+        pattern=OWN_PATTERN,
     )
     rank_scale: float = key(
         1.0,

@@ -8,6 +8,9 @@ EMBEDDED = "embedded"
 """Value of `data.source` and `model.name_or_path` that stands for what fedsim brings along."""
 
 
+OWN_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+"""A class or function of the user's own."""
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"
 
 

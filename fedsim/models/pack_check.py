@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsim.models.out_of_memory import is_out_of_memory
 from fedsim.models.packing import LAYOUT_ARGUMENT, layout_of
 from fedsim.models.stacked import StackedModel
 
@@ -69,6 +70,8 @@ def packing_problem(stacked: StackedModel, alone: list[Tensor], max_tokens: int)
     except (
         Exception
     ) as error:  # whatever an unknown architecture raises, the answer is that it cannot be packed
+        if is_out_of_memory(error):  # which says nothing of the architecture
+            raise
         return f"its forward pass does not take packed rows ({type(error).__name__}: {error})"
     expected = torch.cat(alone)
     if packed.shape != expected.shape:

@@ -9,6 +9,7 @@ from fedsim.config.clients_section import ClientsConfig, CohortConfig
 from fedsim.config.schema import Config
 from fedsim.errors import ConfigError
 from fedsim.server.cohort import CohortPolicy
+from fedsim.server.rank_policy import tiers_by_policy
 from fedsim.server.screening import Corruption, Screening
 from fedsim.server.tiers import (
     Tier,
@@ -37,7 +38,8 @@ def build_tiers(
         config: the configuration.
         targets: dotted module path -> (in features, out features).
         num_clients: of the federation.
-        sizes: (num_clients,) training examples of each client; used by lora.distribution=by_size only.
+        sizes: (num_clients,) training examples of each client; used by lora.distribution=by_size
+            and lora.rank_policy only.
 
     Raises:
         ConfigError: a tier excepts a module that is not adapted, or the tiers do not fit the model.
@@ -56,6 +58,9 @@ def _tiers_of_clients(
     if lora.distribution == "by_size":
         assert sizes is not None, "lora.distribution=by_size needs the clients' sizes"
         return tiers_by_size(list(targets), sizes, lora.rank)
+    if lora.rank_policy is not None:
+        assert sizes is not None, "lora.rank_policy needs the clients' sizes"
+        return tiers_by_policy(lora.rank_policy, targets, sizes, lora.rank, config.run.seed)
     if lora.distribution is not None:
         tiers = distributed_types(lora.distribution, targets, lora.rank_scale)
     elif lora.tiers:

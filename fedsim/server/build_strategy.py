@@ -93,7 +93,10 @@ def _options(options: Sequence[str]) -> dict[str, Any]:
 def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
     traits = strategy.traits
     if tiers.are_mixed and not traits.mixed_ranks:
-        key = "lora.tiers" if config.lora.distribution is None else "lora.distribution"
+        set_keys = [
+            name for name in ("distribution", "rank_policy") if getattr(config.lora, name) is not None
+        ]
+        key = f"lora.{set_keys[0]}" if set_keys else "lora.tiers"
         if tiers.phases and len(tiers.ranks) == 1:
             raise ConfigError(
                 f"lora.rank_schedule must be empty with strategy.name={strategy.name}, which keeps the LoRA ranks, got "

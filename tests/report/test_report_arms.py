@@ -108,8 +108,8 @@ def test_a_row_of_an_even_partition_names_no_alpha(tmp_path):
 def test_slora_is_a_base_method_of_its_own(tmp_path):
     _, rows = arms(
         tmp_path,
-        setting("slora", "homogeneous"),
-        setting("slora", "uniform", "strategy.slora.then=flexlora"),
+        setting("slora", "homogeneous", "strategy.slora.rounds=1"),
+        setting("slora", "uniform", "strategy.slora.then=flexlora", "strategy.slora.rounds=1"),
         setting("fedavg", "homogeneous"),
     )
     assert {(row.label, row.borrowed) for row in rows} == {("SLoRA + FlexLoRA", "SLoRA"), ("FedIT", "")}
