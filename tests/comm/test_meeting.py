@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,18 +57,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+STARTED: "list[subprocess.Popen[str]]" = []
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_left() -> Iterator[None]:
+    """Processes that still wait when their test has failed end with it."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
+
+
 def start(rank: int, world_size: int, method: str, fate: str, port: int) -> "subprocess.Popen[str]":
     launcher = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world_size),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }  # fmt: skip
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(rank), str(world_size), method, fate],
         env={**os.environ, **launcher},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def end_of(process: "subprocess.Popen[str]") -> tuple[int, str, float]:
@@ -75,7 +90,7 @@ def end_of(process: "subprocess.Popen[str]") -> tuple[int, str, float]:
     assert process.stdout is not None
     assert process.stdout.readline() == "began\n"
     began = time.monotonic()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=2 * BOUND_S)
     return process.returncode, said, time.monotonic() - began
 
 
