@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.recorded import undocumented
+
 NUM_TASKS = 8
 
 
@@ -68,6 +70,7 @@ def test_generated_answers_are_scored_alike_on_one_and_two_processes(program, in
     one, two = (scores(program.run_folder.parent / name) for name in ("one", "two"))
     assert one == two
     assert 0 <= one[-1]["test/rougeL"] <= 1
+    assert undocumented(metrics(program.run_folder.parent / "one")) == set()
     assert {
         "test/rougeL_stem",
         "test/exact_match",

@@ -19,6 +19,7 @@ from fedsim.data.build import build_data
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server import checkpoint
 from fedsim.tracking.metrics import CLIENT_COLUMNS
+from tests.recorded import undocumented
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
@@ -100,6 +101,8 @@ def test_run_folder(program: Any, capsys: Any, snapshot: Snapshot) -> None:
     metrics = read_metrics(folder)
     assert [row["round_index"] for row in metrics] == [0, 1, 2]
     assert all(set(row) >= ROUND_KEYS for row in metrics)
+    assert undocumented(metrics) == set()
+    assert undocumented([{"test/los": 1.0}]) == {"test/los"}
     assert ["test/loss_initial" in row for row in metrics] == [True, False, False]
     assert metrics[-1]["test/loss"] < metrics[0]["test/loss_initial"]
     assert metrics[0]["test/perplexity"] == pytest.approx(math.exp(metrics[0]["test/loss"]))

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedsim.lora.peft_format import load_peft_adapter
+from tests.recorded import undocumented
 
 ROOT = Path(__file__).resolve().parents[2]
 TIERS = "lora.tiers=[{share: 0.5, rank: 1}, {share: 0.5, rank: 3, module_ranks: {v_proj: 5}}]"
@@ -52,6 +53,7 @@ def test_flexlora_with_tiers_on_two_processes(program):
     assert all(trained[k] == per_rank * (2 if rank == 1 else 3 + 5) for k, rank in ranks.items())
 
     record = metrics(alone)[-1]
+    assert undocumented(metrics(alone)) == set()
     assert record["spectrum/energy_kept_rank_5"] == pytest.approx(1.0, abs=0.5)
     assert 0 <= record["spectrum/energy_beyond_smallest_rank"] < 1
     spectra = [json.loads(line) for line in (alone / "spectra.jsonl").read_text().splitlines()]
@@ -114,6 +116,7 @@ def test_privacy_is_counted_and_a_resume_counts_on(program):
     assert program.run(*extra, "run.rounds=2") == 0
     assert program.run(*extra) == 0
     spent = [row["privacy/epsilon"] for row in metrics(program.run_folder)]
+    assert undocumented(metrics(program.run_folder)) == set()
     assert len(spent) == 3
     assert 0 < spent[0] < spent[1] < spent[2] < 20
 
