@@ -320,18 +320,19 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def count_operations(num_clients: int, targets: tuple[str, ...], num_layers: int) -> int:
+def count_operations(
+    num_clients: int, targets: tuple[str, ...], num_layers: int, rank: int = 1, **shape: int
+) -> int:
     """Of the forward and backward pass of one packed row; one text of 20 tokens for each client."""
-    model = tiny_opt(num_hidden_layers=num_layers)
+    model = tiny_opt(num_hidden_layers=num_layers, **shape)
     texts = make_store([" ".join(["w5"] * 20)] * num_clients)
     engine = StackedModel(model, find_targets(model, targets), CPU)
-    rows = RankRows(engine.targets, [1] * num_clients, torch.float32, CPU)
+    rows = RankRows(engine.targets, [rank] * num_clients, torch.float32, CPU)
     for slot in range(num_clients):
-        rows.load(slot, random_adapter(engine.targets, 1, torch.float32, slot))
+        rows.load(slot, random_adapter(engine.targets, rank, torch.float32, slot))
     engine.attach(rows)
     packed = pack_tokens(texts, [np.asarray([client]) for client in range(num_clients)], CPU)
     plan = StepPlan(plan_products(rows, packed, range(num_clients), torch.float32))
-    assert all(len(product.tiles) == 1 for product in plan.products.values())
     weights = torch.ones(len(packed.label_rows))
     with engine.planned(plan), Watch() as watch:
         engine.label_losses(packed, weights).sum().backward()
@@ -344,6 +345,21 @@ def test_operations_do_not_grow_with_clients(targets, most):
     assert few == many
     per_layer = (many - count_operations(32, targets, 2)) / 2
     assert per_layer <= most
+
+
+OPT_125M = {"hidden_size": 768, "word_embed_proj_dim": 768, "ffn_dim": 3072, "num_attention_heads": 12}
+
+
+@pytest.mark.parametrize(("targets", "grouped"), [(TWO, 7), (ALL, 20)], ids=["two", "six"])
+def test_operations_at_the_width_of_opt_125m(targets, grouped):
+    """They are equal as long as all rank rows together are at most a quarter of the width; from there on a grouped
+    product takes some more a layer, once."""
+    for rank in (1, 2, 3):
+        counts = {clients: count_operations(clients, targets, 1, rank, **OPT_125M) for clients in (8, 32, 64)}
+        assert len(set(counts.values())) == 1, (rank, counts)
+    dense = count_operations(8, targets, 1, 8, **OPT_125M)
+    many = [count_operations(clients, targets, 1, 8, **OPT_125M) for clients in (32, 64)]
+    assert many == [dense + grouped] * 2, "as many for 64 clients as for 32"
 
 
 def mask(key: tuple[int, ...], tokens: int = 400, module: int = 0, seed: int = 5, p: float = 0.3) -> Tensor:
