@@ -1,6 +1,5 @@
 """The one place that knows strategies by name."""
 
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from fedsim.aggregation.server_optimizers import ServerOptimized, ServerOptimize
 from fedsim.aggregation.slora import SLoRA
 from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.errors import ConfigError
+from fedsim.own import import_own
 
 MEMBERS = ("name", "traits", "sends", "download", "plan", "upload", "aggregate", "export")
 """What a class must have to be a `Strategy`."""
@@ -101,13 +101,7 @@ def _slora(
 
 def _own_class(name: str, federation: Federation, options: Mapping[str, Any]) -> Strategy:
     """A class of the user's own, called with the federation and the options as keywords."""
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"strategy.name={name} cannot be imported ({error}); the module must be installed, or lie below the folder "
-            "in which the run is started or one in PYTHONPATH"
-        ) from error
+    found = import_own("strategy.name", name)
     try:
         strategy: Strategy = found(federation, **options)
     except TypeError as error:

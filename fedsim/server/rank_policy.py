@@ -1,6 +1,5 @@
 """LoRA ranks by a function of the user's own (`lora.rank_policy`)."""
 
-import pkgutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError
+from fedsim.own import import_own
 from fedsim.server.tiers import Tier, Tiers, check_ranks
 
 KEY = "lora.rank_policy"
@@ -50,13 +50,7 @@ def tiers_by_policy(
 def _answers(
     name: str, targets: Mapping[str, tuple[int, int]], sizes: NDArray[np.int64], lora_rank: int, seed: int
 ) -> Sequence[Any]:
-    try:
-        policy = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{KEY}={name} cannot be imported ({error}); the module must be installed, or lie below the folder from "
-            "which fedsim is started"
-        ) from error
+    policy = import_own(KEY, name)
     if not callable(policy):
         raise ConfigError(f"{KEY} must name a function, and {name} is none")
     answers = policy(dict(targets), sizes.copy(), lora_rank, seed)

@@ -1,15 +1,12 @@
 """The configurations of arXiv 2502.18910 say what is known of its experiments."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from fedsim.config.keys import flatten
-from fedsim.config.loader import load_config, to_tree
-from fedsim.config.schema import Config
+from fedsim.config.loader import load_config
+from tests.config.marks import changed_keys, marked_keys
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "cllora"
 EPOCHS = {"opt-125m": 5, "opt-350m": 3, "opt-1.3b": 1}
@@ -53,27 +50,6 @@ def test_three_clients_alone(model):
     assert config.lora == shared.lora
     assert config.training.optimizer == shared.training.optimizer
     assert config.training.local_epochs == EPOCHS[model]
-
-
-def marked_keys(path: Path, marks: str) -> set[str]:
-    """Dotted names of the keys of a file in the comment of whose line one of the marks stands."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-
-    def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str]]:
-        for key, value in node.value:
-            if isinstance(value, yaml.MappingNode):
-                yield from walk(value, f"{prefix}{key.value}.")
-            else:
-                yield f"{prefix}{key.value}", lines[key.start_mark.line].partition("  # ")[2]
-
-    return {name for name, comment in walk(yaml.compose(text), "") if re.search(marks, comment)}
-
-
-def changed_keys(config: Config, published: Config) -> set[str]:
-    """Dotted names of all keys, given or not, that have other values; the run's name, which is the file's, aside."""
-    ours, theirs = flatten(to_tree(config)), flatten(to_tree(published))
-    return {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} - {"run.name"}
 
 
 SCALED = [(f"cpu-{skew}", f"opt-125m-{skew}", r"\b(ours|scaled down)\b") for skew in ("length", "quantity")]

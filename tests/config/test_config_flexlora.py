@@ -3,16 +3,14 @@
 import itertools
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from fedsim.config.keys import flatten
-from fedsim.config.loader import load_config, to_tree
+from fedsim.config.loader import load_config
 from fedsim.config.schema import Config
 from launch import sweep
+from tests.config.marks import changed_keys, marked_keys
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "flexlora"
 BASES = {
@@ -135,27 +133,6 @@ def test_dolly():
         ("fedavg", "flexlora", "heavy_tail_light"),
         ("fedavg", "fedavg", "homogeneous"),
     ]
-
-
-def marked_keys(path: Path, marks: str = r"\b(ours|scaled down)\b") -> set[str]:
-    """Dotted names of the keys of a file in the comment of whose line one of the marks stands."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-
-    def walk(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str]]:
-        for key, value in node.value:
-            if isinstance(value, yaml.MappingNode):
-                yield from walk(value, f"{prefix}{key.value}.")
-            else:
-                yield f"{prefix}{key.value}", lines[key.start_mark.line].partition("  # ")[2]
-
-    return {name for name, comment in walk(yaml.compose(text), "") if re.search(marks, comment)}
-
-
-def changed_keys(config: Config, published: Config) -> set[str]:
-    """Dotted names of all keys, given or not, that have other values; the run's name, which is the file's, aside."""
-    ours, theirs = flatten(to_tree(config)), flatten(to_tree(published))
-    return {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} - {"run.name"}
 
 
 def idle_keys(config: Config) -> set[str]:
