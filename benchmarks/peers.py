@@ -203,7 +203,8 @@ def write_workload(
     from fedsim.lora.peft_format import save_peft_adapter
     from fedsim.models.base import build_base
     from fedsim.models.targets import find_targets
-    from fedsim.server.build import build_initial_adapter, build_local_training, build_tiers
+    from fedsim.server.build import build_initial_adapter, build_local_training
+    from fedsim.server.build_clients import build_tiers
     from fedsim.server.cohort import client_jobs
 
     folder.mkdir(parents=True)

@@ -88,7 +88,7 @@ def test_a_probe_measures_and_writes_nothing(
             "aggregation.client_weights=uniform",
         ],
         ["strategy.name=centralized"],
-        ["strategy.name=slora", "evaluation.every_rounds=2"],
+        ["strategy.name=slora", "strategy.slora.rounds=2", "evaluation.every_rounds=2"],
         ["training.trainer=sequential", "training.gradient_accumulation_steps=2"],
         ["training.gradient_checkpointing=true", "aggregation.server_optimizer.name=fedadam"],
     ],

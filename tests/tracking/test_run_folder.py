@@ -169,7 +169,7 @@ def test_name_that_no_file_system_takes_is_one_line(tmp_path):
 
 
 def test_folder_that_cannot_be_locked_names_the_key(tmp_path, monkeypatch):
-    def refuse(lock, timeout):
+    def refuse(lock, *_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
