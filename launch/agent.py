@@ -50,9 +50,8 @@ def _run(arguments: Sequence[str], stops: _Stops) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # its report of what we say below
+    # its report of what is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = run.parse_args(list(arguments))  # type: ignore[no-untyped-call]
     if hasattr(options, "signals_to_handle"):  # an older torchrun takes all of them for itself, after us
         options.signals_to_handle = "SIGHUP,SIGQUIT"

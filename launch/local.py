@@ -72,11 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     config = parse_command_line([*run_arguments, *extra]).config
     machine = Machine(count_gpus(os.environ), count_cores())
     plan = plan_local(config, machine, [*run_arguments, *extra], options.processes)
-    if options.processes is not None and options.processes > num_packs(config):
-        sys.stderr.write(
-            f"launch: a round has {num_packs(config)} packs, so that {options.processes - num_packs(config)} of "
-            f"{options.processes} processes will idle; raise training.pack.num_packs or cohort.size\n"
-        )
+    idle = None if options.processes is None else idle_note(config, options.processes)
+    if idle is not None:
+        sys.stderr.write(f"launch: note: {idle}\n")
     if options.print:
         print(plan.as_text())
         return 0
@@ -172,6 +170,17 @@ def num_packs(config: Config) -> int:
         return config.training.pack.num_packs
     size = config.cohort.clients_a_round(config.data.partition.num_clients)
     return min(math.ceil(size), config.training.pack.num_packs)
+
+
+def idle_note(config: Config, processes: int) -> str | None:
+    """That some of so many processes will have nothing to do, in words; None if all have."""
+    packs = num_packs(config)
+    if processes <= packs:
+        return None
+    return (
+        f"{processes} processes share out {packs} packs a round, so that {processes - packs} will idle; "
+        "raise training.pack.num_packs or cohort.size"
+    )
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

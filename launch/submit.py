@@ -11,7 +11,7 @@ from fedsim.config.schema import Config
 from fedsim.errors import ConfigError, RunFolderError
 from launch import records, slurm
 from launch.arguments import Parser
-from launch.local import num_packs, split_arguments
+from launch.local import idle_note, split_arguments
 from launch.options import Job, add_slurm_options, build_job, parse_options
 from launch.runs import refuse_unusable, run_folder
 from launch.script import Batch, render_script, slurm_path
@@ -105,13 +105,8 @@ def build_batch(config: Config, job: Job, place: Path) -> Batch:
 def advice(config: Config, job: Job) -> list[str]:
     """What is allowed and yet hardly meant."""
     processes = job.resources.processes_per_node or job.resources.gpus_per_node or 1
-    world_size, packs = processes * job.resources.nodes, num_packs(config)
-    found = []
-    if world_size > packs:
-        found.append(
-            f"{world_size} processes share out {packs} packs a round, so that {world_size - packs} will idle; "
-            "raise training.pack.num_packs or cohort.size"
-        )
+    idle = idle_note(config, processes * job.resources.nodes)
+    found = [] if idle is None else [idle]
     if config.run.device == "cuda" and not job.resources.gpus_per_node:
         found.append("run.device is cuda, and no GPU is asked for; give --gpus-per-node")
     return found

@@ -35,6 +35,18 @@ USERS_OF_PARTITION_KEYS = {
 }
 """Key below data.partition -> the partitioners that use it."""
 DRAWS_SIZES = ("quantity_skew", "length_and_quantity", "natural", "plato_quantity")
+USERS_OF_TOLERATED_KEYS = {
+    "min_examples": DRAWS_SIZES,
+    "dirichlet_alpha": (
+        "length_skew",
+        "quantity_skew",
+        "length_and_quantity",
+        "label_skew",
+        "plato_label",
+        "plato_quantity",
+    ),
+}
+"""The same of keys that may be set for other partitioners too, since sweeps over partitions share them."""
 LEAST_CLASSES = {"length_skew": 2, "length_and_quantity": 2, "pathological": 2, "plato_label": 2}
 UNUSED_BY_OPTIMIZER = {"adamw": ("momentum",), "sgd": ("beta1", "beta2", "eps")}
 

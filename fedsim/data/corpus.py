@@ -244,17 +244,15 @@ def read_names(values: Sequence[Any], key: str, column: str, where: str) -> list
                 f"{key}='{column}' must hold a text, a number or a date in every row, but row {row} (counted from 0) "
                 f"of {where} is {_describe(value)}; correct or remove it"
             )
-    if any(
-        isinstance(value, date) for value in values
-    ):  # JSON whose texts are all dates is read as dates, too
-        days = all(not isinstance(value, datetime) or value.time() == time() for value in values)
-        return [
-            (value.date() if days and isinstance(value, datetime) else value).isoformat()
-            if isinstance(value, date)
-            else str(value)
-            for value in values
-        ]
-    return [str(value) for value in values]
+    whole_days = all(not isinstance(value, datetime) or value.time() == time() for value in values)
+    return [_name(value, whole_days) for value in values]
+
+
+def _name(value: Any, whole_days: bool) -> str:
+    """A text, a number or a date; JSON whose texts are all dates is read as dates, too."""
+    if whole_days and isinstance(value, datetime):
+        value = value.date()
+    return value.isoformat() if isinstance(value, date) else str(value)
 
 
 def _describe(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config.checks import DRAWS_SIZES, USERS_OF_PARTITION_KEYS
+from fedsim.config.checks import USERS_OF_PARTITION_KEYS, USERS_OF_TOLERATED_KEYS
 from fedsim.config.keys import all_keys, show
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.config.model_section import Distribution
@@ -28,18 +28,7 @@ ALWAYS_SHOWN = 3
 LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
-USERS_OF_KEYS = {
-    "min_examples": DRAWS_SIZES,
-    "dirichlet_alpha": (
-        "length_skew",
-        "quantity_skew",
-        "length_and_quantity",
-        "label_skew",
-        "plato_label",
-        "plato_quantity",
-    ),
-    **USERS_OF_PARTITION_KEYS,
-}
+USERS_OF_KEYS = {**USERS_OF_TOLERATED_KEYS, **USERS_OF_PARTITION_KEYS}
 """Key below data.partition -> the partitioners that use it; others are used by all."""
 
 STRATEGY = "strategy.name"
