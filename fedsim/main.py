@@ -142,7 +142,7 @@ def _with_group(command: "CommandLine", requests: StopRequests) -> int:
 def _simulate(command: "CommandLine", group: "Group", requests: StopRequests) -> int:
     from fedsim.comm.agree import same_everywhere
     from fedsim.config.loader import config_hash, to_yaml
-    from fedsim.simulation import dry_run, estimate, simulate
+    from fedsim.simulation.entry import dry_run, estimate, simulate
 
     same_everywhere(group, "the configuration", config_hash(command.config))
     if command.estimate is not None:

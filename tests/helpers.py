@@ -25,7 +25,7 @@ VOCABULARY = 64
 
 PRELOADED = [
     "fedsim.main",
-    "fedsim.simulation",
+    "fedsim.simulation.entry",
     "transformers.models.opt.modeling_opt",  # by full name: the packages of transformers load lazily
     "transformers.models.opt.configuration_opt",
     "transformers.models.auto.modeling_auto",

@@ -17,7 +17,7 @@ from fedsim.data.build import build_data
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server.build import build_local_training
 from fedsim.server.cohort import client_jobs
-from fedsim.simulation import simulate
+from fedsim.simulation.entry import simulate
 from tests.helpers import random_texts, tiny_opt, word_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -614,7 +614,7 @@ def test_interrupt(program: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedsim.simulation.run_round", interrupt)
+        patch.setattr("fedsim.simulation.rounds.run_round", interrupt)
         assert program.run() == 130
     assert (
         capsys.readouterr().err == "fedsim: interrupted; the same command resumes from the last checkpoint\n"

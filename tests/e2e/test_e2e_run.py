@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fedsim import simulation
 from fedsim.config.loader import load_config, to_tree
 from fedsim.data.batches import collate
 from fedsim.data.build import build_data
 from fedsim.models.tokenizer import build_tokenizer
 from fedsim.server import checkpoint
+from fedsim.simulation import export, records, rounds
 from fedsim.tracking.metrics import CLIENT_COLUMNS
 from tests.recorded import undocumented
 
@@ -251,14 +251,14 @@ def die(*arguments: object, **named: object) -> None:
 
 def during_the_record(patch: pytest.MonkeyPatch) -> None:
     """Die when round 2 is in metrics.jsonl, and in nothing else."""
-    append = simulation.MetricsLog.append
+    append = records.MetricsLog.append
 
     def append_and_die(log: Any, record: Any) -> None:
         append(log, record)
         if record["round_index"] == 1:
             raise Killed
 
-    patch.setattr(simulation.MetricsLog, "append", append_and_die)
+    patch.setattr(records.MetricsLog, "append", append_and_die)
 
 
 def during_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
@@ -278,24 +278,24 @@ def during_the_checkpoint(patch: pytest.MonkeyPatch) -> None:
 
 def before_the_adapter(patch: pytest.MonkeyPatch) -> None:
     """Die when all rounds are done and the adapter is not there."""
-    patch.setattr(simulation, "save_peft_adapter", die)
+    patch.setattr(export, "save_peft_adapter", die)
 
 
 def after_the_adapter(patch: pytest.MonkeyPatch) -> None:
     """Die when only the word `finished` is missing."""
-    patch.setattr(simulation.RunFolder, "finish", die)
+    patch.setattr(records.RunFolder, "finish", die)
 
 
 def on_an_interrupt(patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while round 2 trains."""
-    train = simulation.run_round
+    train = rounds.run_round
 
     def interrupt(state: Any, run: Any) -> Any:
         if state.round_index == 1:
             raise KeyboardInterrupt
         return train(state, run)
 
-    patch.setattr(simulation, "run_round", interrupt)
+    patch.setattr(rounds, "run_round", interrupt)
 
 
 @pytest.mark.parametrize(

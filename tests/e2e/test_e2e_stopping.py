@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedsim import simulation
+from fedsim.simulation import entry, prepare, rounds
 from fedsim.stopping import EXIT_PREEMPTED, TimeBudget
 from tests.e2e.conftest import small_program
 from tests.e2e.test_e2e_run import adapter_bytes, client_columns, read_metrics, run_record, without_clock
@@ -99,7 +99,7 @@ def test_limit_on_wall_time(program: Any, twin: Path, monkeypatch: pytest.Monkey
         return TimeBudget(max_s, float(next(now_s)), lambda: float(next(now_s)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "TimeBudget", budget)
+        patch.setattr(entry, "TimeBudget", budget)
         assert program.run(*COMMAND, "run.max_minutes=13") == EXIT_PREEMPTED
     record = run_record(program.run_folder)
     done = len(read_metrics(program.run_folder))
@@ -122,7 +122,7 @@ def test_no_time_even_to_begin(program: Any, twin: Path, capsys: Any) -> None:
 def test_signal_during_the_start(
     stage: str, program: Any, twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = getattr(simulation, stage)
+    build = getattr(prepare, stage)
 
     def build_and_get_a_signal(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -130,7 +130,7 @@ def test_signal_during_the_start(
         return build(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, stage, build_and_get_a_signal)
+        patch.setattr(prepare, stage, build_and_get_a_signal)
         assert program.run(*COMMAND) == EXIT_PREEMPTED
     record = run_record(program.run_folder)
     when = {"build_data": "before the base was loaded", "build_base": "before round 1"}[stage]
@@ -153,7 +153,7 @@ def test_stop_file_of_what_started_the_run(
 
 
 def test_a_stop_in_the_last_round_is_the_end(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = simulation.run_round
+    train = rounds.run_round
 
     def train_and_get_a_signal(state: Any, run: Any) -> Any:
         result = train(state, run)
@@ -162,7 +162,7 @@ def test_a_stop_in_the_last_round_is_the_end(program: Any, monkeypatch: pytest.M
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "run_round", train_and_get_a_signal)
+        patch.setattr(rounds, "run_round", train_and_get_a_signal)
         assert program.run() == 0
     assert run_record(program.run_folder)["status"] == "finished"
     assert not (program.run_folder / "stop").exists(), "else the run could not be extended"
@@ -235,13 +235,13 @@ def test_whose_fault_a_failure_is(program: Any, monkeypatch: pytest.MonkeyPatch,
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "build_base", breaks)
+        patch.setattr(prepare, "build_base", breaks)
         with pytest.raises(RuntimeError):
             program.run()
     record = run_record(program.run_folder)
     assert (record["status"], record["user_error"]) == ("failed", False)
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "run_round", breaks)
+        patch.setattr(rounds, "run_round", breaks)
         with pytest.raises(RuntimeError):
             program.run()
     assert run_record(program.run_folder)["user_error"] is False

@@ -15,10 +15,10 @@ DEADLINE_S = 240.0
 LEARNING = ["training.optimizer.lr=0.05", "lora.dropout=0.1", "comm.timeout_s=600"]
 
 PHASES: dict[str, Injection] = {
-    "loading the base": Injection("fedsim.simulation:build_base", "raise", rank=1),
-    "setting up": Injection("fedsim.simulation:build_run", "raise", rank=1),
-    "starting the records": Injection("fedsim.simulation:describe_environment", "raise", rank=0),
-    "evaluation before the first round": Injection("fedsim.simulation:measure_global", "raise", rank=1),
+    "loading the base": Injection("fedsim.simulation.prepare:build_base", "raise", rank=1),
+    "setting up": Injection("fedsim.simulation.entry:build_run", "raise", rank=1),
+    "starting the records": Injection("fedsim.simulation.reporting:describe_environment", "raise", rank=0),
+    "evaluation before the first round": Injection("fedsim.simulation.rounds:measure_global", "raise", rank=1),
     "training": Injection("fedsim.server.round:_train_packs", "raise", rank=1, call=2),
     "gathering reports": Injection("fedsim.server.round:gather_reports", "raise", rank=1, call=2),
     "gathering factors": Injection("fedsim.comm.exchange:_start_module", "raise", rank=1, call=6),
@@ -29,7 +29,7 @@ PHASES: dict[str, Injection] = {
     "merging losses": Injection("fedsim.server.round:merge_batches", "raise", rank=1, call=3),
     "recording": Injection("fedsim.tracking.metrics:MetricsLog.append", "raise", rank=0, call=2),
     "checkpoint": Injection("fedsim.server.checkpoint:replace_folder", "raise", rank=0, call=2),
-    "export": Injection("fedsim.simulation:save_peft_adapter", "raise", rank=0),
+    "export": Injection("fedsim.simulation.export:save_peft_adapter", "raise", rank=0),
 }  # fmt: skip
 """Phase -> what happens, in the second round where the phase has rounds."""
 

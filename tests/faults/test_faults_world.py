@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from fedsim import simulation
+from fedsim.simulation import export, records, rounds
 from fedsim.tracking import run_folder
 from tests.faults.harness import Injection, _on_a_full_disk, differences, outcome, run, start
 
 ROOT = Path(__file__).resolve().parents[2]
 
 FULL: dict[str, tuple[str, Any, int, str]] = {
-    "the record": ("append", simulation.MetricsLog, 2, "metrics.jsonl cannot be written"),
-    "the client table": ("flush", simulation.ClientTable, 2, "clients.parquet must be writable"),
-    "the adapter": ("_export", simulation, 1, "adapter must be writable"),
+    "the record": ("append", records.MetricsLog, 2, "metrics.jsonl cannot be written"),
+    "the client table": ("flush", records.ClientTable, 2, "clients.parquet must be writable"),
+    "the adapter": ("_export", export, 1, "adapter must be writable"),
     "the end": ("finish", run_folder.RunFolder, 1, "run.json must be writable"),
 }  # fmt: skip
 """What is written when the disk is full -> attribute, its owner, which call, what the message says."""
@@ -62,7 +62,7 @@ def test_a_run_folder_that_is_deleted(
     strategy: str, program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is not made anew with a part of the record, and what somebody put in its place is not touched."""
-    train = simulation.run_round
+    train = rounds.run_round
 
     def delete_and_train(state: Any, run: Any) -> Any:
         if state.round_index == 1:
@@ -72,7 +72,7 @@ def test_a_run_folder_that_is_deleted(
             shutil.rmtree(program.folder / "gone", ignore_errors=True)
         return train(state, run)
 
-    monkeypatch.setattr(simulation, "run_round", delete_and_train)
+    monkeypatch.setattr(rounds, "run_round", delete_and_train)
     assert program.run(f"strategy.name={strategy}") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert ("must stay where it is while a run uses it" in line) == (strategy == "fedavg"), line
@@ -82,7 +82,7 @@ def test_a_run_folder_that_is_deleted(
 def test_a_run_folder_that_is_replaced(
     program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = simulation.run_round
+    train = rounds.run_round
 
     def replace_and_train(state: Any, run: Any) -> Any:
         if state.round_index == 2:
@@ -91,7 +91,7 @@ def test_a_run_folder_that_is_replaced(
             (program.run_folder / "run.lock").touch()
         return train(state, run)
 
-    monkeypatch.setattr(simulation, "run_round", replace_and_train)
+    monkeypatch.setattr(rounds, "run_round", replace_and_train)
     assert program.run() == 2
     assert "was deleted or moved; put it back" in capsys.readouterr().err
     assert [path.name for path in program.run_folder.iterdir()] == ["run.lock"]
@@ -124,7 +124,7 @@ def test_a_wandb_process_that_dies(
     program: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any, caplog: Any
 ) -> None:
     """The run goes on without its mirror, and says so once."""
-    train = simulation.run_round
+    train = rounds.run_round
     killed = []
 
     def kill_and_train(state: Any, run: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_wandb_process_that_dies(
             killed.extend(services)
         return train(state, run)
 
-    monkeypatch.setattr(simulation, "run_round", kill_and_train)
+    monkeypatch.setattr(rounds, "run_round", kill_and_train)
     assert program.run("tracking.wandb.mode=offline", "run.rounds=4") == 0
     assert killed
     assert caplog.text.count("is off for the rest of this run; its record is the run folder") == 1
@@ -145,7 +145,7 @@ def test_a_wandb_process_that_dies(
 
 def test_two_runs_in_one_folder(program: Any) -> None:
     """The second one is told who holds the folder, and the first one is none the worse for it."""
-    frozen = Injection("fedsim.simulation:run_round", "stop", call=2)
+    frozen = Injection("fedsim.simulation.rounds:run_round", "stop", call=2)
     first = start(program.arguments(), 1, program.folder, [frozen])
     deadline = time.monotonic() + 240
     while not (program.run_folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -169,15 +169,15 @@ def test_torchrun_starts_the_ranks_again(program: Any, twin: Any) -> None:
     mark = program.folder / "died"
     script.write_text(
         "import os, pathlib, sys\n"
-        "from fedsim import simulation\n"
+        "from fedsim.simulation import rounds\n"
         "from fedsim.main import _leave, main\n"
-        "train, mark = simulation.run_round, pathlib.Path(sys.argv[1])\n"
+        "train, mark = rounds.run_round, pathlib.Path(sys.argv[1])\n"
         "def die(state, run):\n"
         "    if state.round_index == 1 and run.group.rank == 1 and not mark.exists():\n"
         "        mark.touch()\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return train(state, run)\n"
-        "simulation.run_round = die\n"
+        "rounds.run_round = die\n"
         "_leave(main(sys.argv[2:]))\n"
     )
     torchrun = [
