@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config.checks import USERS_OF_PARTITION_KEYS, USERS_OF_TOLERATED_KEYS
+from fedsim.config.checks_data import USERS_OF_KEYS, uses_key
 from fedsim.config.keys import all_keys, show
 from fedsim.config.loader import SAFE_KEYS
 from fedsim.config.model_section import Distribution
@@ -28,9 +28,6 @@ ALWAYS_SHOWN = 3
 LONGEST_VALUE = 36
 PARTITION = "data.partition.name"
 DIRICHLET_ALPHA = "data.partition.dirichlet_alpha"
-USERS_OF_KEYS = {**USERS_OF_TOLERATED_KEYS, **USERS_OF_PARTITION_KEYS}
-"""Key below data.partition -> the partitioners that use it; others are used by all."""
-
 STRATEGY = "strategy.name"
 DISTRIBUTION = "lora.distribution"
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
@@ -195,9 +192,7 @@ def with_seeds(label: str, num_seeds: int, most: int) -> str:
 
 def compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a configuration that make it another one, without those that its partitioner does not use."""
-    unused = {
-        f"data.partition.{key}" for key, users in USERS_OF_KEYS.items() if config[PARTITION] not in users
-    }
+    unused = {f"data.partition.{key}" for key in USERS_OF_KEYS if not uses_key(config[PARTITION], key)}
     return {key: value for key, value in config.items() if key not in unused and not _is_ignored(key)}
 
 

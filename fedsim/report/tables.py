@@ -76,8 +76,10 @@ def common(groups: Sequence[Group]) -> list[Table]:
 
 
 def _is_idle(configs: Sequence[Mapping[str, Any]], key: str) -> bool:
-    """Whether a key decides nothing in some run: the LoRA rank where tiers or a distribution do."""
-    return key == "lora.rank" and any(config[DISTRIBUTION] or config["lora.tiers"] for config in configs)
+    """Whether a key decides nothing in some run: the LoRA rank where tiers do, or types with ranks of their own."""
+    return key == "lora.rank" and any(
+        config[DISTRIBUTION] not in (None, "by_size") or config["lora.tiers"] for config in configs
+    )
 
 
 def results(groups: Sequence[Group], baseline: Group) -> Table:
