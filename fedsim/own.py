@@ -23,3 +23,9 @@ def import_own(key: str, name: str) -> Any:
             f"{key}={name} cannot be imported ({error}); the module must be installed, or lie below the folder "
             "in which the run is started or one in PYTHONPATH"
         ) from error
+
+
+def shown(value: object) -> str:
+    """What such a function answered, as an error names it: one line of at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -98,8 +98,8 @@ def test_values_given_to_keys_are_accepted(page: Path) -> None:
         if ASSIGNMENT.match(code) and " " not in code:
             tree = Config().model_dump()
             name, _, text = code.partition("=")
-            is_own_class = name == "strategy.name" and ":" in text
-            assert all_keys()[name].choices == () or text in all_keys()[name].choices or is_own_class, code
+            is_own = name in ("strategy.name", "data.partition.name") and ":" in text
+            assert all_keys()[name].choices == () or text in all_keys()[name].choices or is_own, code
             node = tree
             *parents, leaf = name.split(".")
             for parent in parents:

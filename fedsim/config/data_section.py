@@ -4,30 +4,35 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsim.config.node import EMBEDDED, Node, key
+from fedsim.config.node import EMBEDDED, Node, key, one_of_or_own
+
+PARTITIONERS = (
+    "iid",
+    "length_skew",
+    "quantity_skew",
+    "length_and_quantity",
+    "label_skew",
+    "natural",
+    "pathological",
+    "plato_label",
+    "plato_quantity",
+)
+PARTITIONER_PATTERN = one_of_or_own(PARTITIONERS)
 
 
 class PartitionConfig(Node):
     """How examples are dealt out to clients."""
 
-    name: Literal[
-        "iid",
-        "length_skew",
-        "quantity_skew",
-        "length_and_quantity",
-        "label_skew",
-        "natural",
-        "pathological",
-        "plato_label",
-        "plato_quantity",
-    ] = key(
+    name: str = key(
         "length_skew",
         "iid: equal shares at random; length_skew: a Dirichlet mix of length classes for each client, equal shares; "
         "quantity_skew: Dirichlet shares, balanced classes (arXiv 2502.18910); length_and_quantity: Dirichlet shares "
         "and mixes; label_skew: as length_skew, by data.label_field; natural: one client for each of the num_clients "
         "most frequent values of data.client_field; pathological: classes_per_client classes for each client "
         "(arXiv 1602.05629); plato_label, plato_quantity: the samplers that arXiv 2502.18910 most likely used, whose "
-        "clients overlap. No example is in two clients under the others",
+        "clients overlap. No example is in two clients under the others. Or a function of your own as "
+        "package.module:function (examples/partition.py)",
+        pattern=PARTITIONER_PATTERN,
     )
     num_clients: int = key(20, "clients of the federation", "clients", gt=0)
     dirichlet_alpha: float = key(

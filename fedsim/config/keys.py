@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from fedsim.config.data_section import PARTITIONER_PATTERN, PARTITIONERS
 from fedsim.config.node import NAME_PATTERN, OWN_PATTERN
 from fedsim.config.schema import Config
 from fedsim.config.strategy_section import OPTION_PATTERN, STRATEGY_NAMES, STRATEGY_PATTERN
@@ -18,9 +19,12 @@ from fedsim.config.strategy_section import OPTION_PATTERN, STRATEGY_NAMES, STRAT
 PATTERN_RULES = {
     NAME_PATTERN: "a text of 1 to 120 letters, digits, '.', '_' or '-', the first a letter or digit",
     STRATEGY_PATTERN: f"one of {'|'.join(STRATEGY_NAMES)}, or package.module:Class",
+    PARTITIONER_PATTERN: f"one of {'|'.join(PARTITIONERS)}, or package.module:function",
     OPTION_PATTERN: "a text name=value",
     OWN_PATTERN: "a text package.module:function",
 }
+CHOICES = {STRATEGY_PATTERN: STRATEGY_NAMES, PARTITIONER_PATTERN: PARTITIONERS}
+"""Pattern -> the names that it takes besides one of the user's own."""
 LONGEST_SHOWN = 60
 FOREIGN_NAMES = {
     "dataset": "data.source",
@@ -177,7 +181,7 @@ def _key(name: str, field: FieldInfo) -> Key:
     annotation, optional = _without_null(field.annotation)
     default = field.get_default(call_default_factory=True, validated_data={})
     bounds = _bounds(field.metadata)
-    choices = STRATEGY_NAMES if bounds.get("pattern") == STRATEGY_PATTERN else ()
+    choices = CHOICES.get(bounds.get("pattern", ""), ())
     item = _item(annotation)[0] if get_origin(annotation) is tuple else None
     return Key(
         name=name,

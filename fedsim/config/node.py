@@ -8,10 +8,16 @@ EMBEDDED = "embedded"
 """Value of `data.source` and `model.name_or_path` that stands for what fedsim brings along."""
 
 
-OWN_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_OWN = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"
+OWN_PATTERN = f"^{_OWN}$"
 """A class or function of the user's own."""
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,119}$"
+
+
+def one_of_or_own(names: tuple[str, ...]) -> str:
+    """The pattern of one of these names, or of a class or function of the user's own."""
+    return rf"^({'|'.join(names)}|{_OWN})$"
 
 
 def key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsim.config.node import Node, key
+from fedsim.config.node import Node, key, one_of_or_own
 
 STRATEGY_NAMES = (
     "fedavg",
@@ -27,11 +27,7 @@ STRATEGY_NAMES = (
     "slora",
     "scaffold",
 )
-
-
-STRATEGY_PATTERN = rf"^({'|'.join(STRATEGY_NAMES)}|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
-
-
+STRATEGY_PATTERN = one_of_or_own(STRATEGY_NAMES)
 OPTION_PATTERN = r"^[A-Za-z_]\w*="
 
 

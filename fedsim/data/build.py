@@ -16,6 +16,7 @@ from fedsim.data.length_and_quantity import deal_length_and_quantity
 from fedsim.data.length_skew import deal_length_skew
 from fedsim.data.lengths import assign_classes, explicit_classes, length_classes
 from fedsim.data.natural import OwnParts, deal_natural, deal_own_parts
+from fedsim.data.own_partition import deal_by_function
 from fedsim.data.partition import Deal, Partition, check_enough, split_clients
 from fedsim.data.pathological import deal_pathological
 from fedsim.data.plato import deal_plato_label, deal_plato_quantity
@@ -120,7 +121,7 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
     rules = config.partition
     own = _own_parts(rules, train)
     places = None if own is not None else _to_train_on(train)
-    if rules.name not in ("plato_label", "plato_quantity"):
+    if rules.name not in ("plato_label", "plato_quantity") and ":" not in rules.name:
         # before the classes, which such a corpus may not have either
         check_enough(len(train) if places is None else len(places), rules.num_clients, 1)
     by_label = rules.name == "label_skew" or rules.class_by == "label"
@@ -129,6 +130,8 @@ def build_partition(config: DataConfig, train: TokenStore, seed: int) -> Partiti
     names, labels = _labels(config, train, is_used=by_label)
     if own is not None:
         deal, client_names = own.train, own.names
+    elif ":" in rules.name:
+        deal, client_names = _deal_own(rules, train, places, seed), ()
     elif labels is not None and by_label:
         deal, client_names = _deal_places(rules, labels, len(names), places, train, seed)
     else:
@@ -163,6 +166,25 @@ def _to_train_on(train: TokenStore) -> Ints | None:
     return None if answers is None or not answers.parts.any() else np.flatnonzero(answers.parts == TRAIN)
 
 
+def _deal_own(rules: PartitionConfig, train: TokenStore, places: Ints | None, seed: int) -> Deal:
+    """As a function of the user's own says, which sees the examples at `places` only; None for all."""
+    lengths, labels = _lengths(train, rules.length_unit), train.labels
+    if places is not None:
+        lengths, labels = lengths[places], None if labels is None else [labels[place] for place in places]
+    deal = deal_by_function(rules.name, lengths, labels, rules.num_clients, rules.dirichlet_alpha, seed)
+    return (
+        deal
+        if places is None
+        else Deal(places[deal.indices], deal.offsets, {**deal.notes, **_left_out(train, places)})
+    )
+
+
+def _left_out(train: TokenStore, places: Ints) -> dict[str, object]:
+    return {
+        "own_parts": f"{len(train) - places.size} that the corpus keeps for evaluation or test go to nobody"
+    }
+
+
 def _deal_places(
     rules: PartitionConfig, classes: Ints, num_classes: int, places: Ints | None, train: TokenStore, seed: int
 ) -> tuple[Deal, tuple[str, ...]]:
@@ -171,8 +193,7 @@ def _deal_places(
         return _deal(rules, classes, num_classes, train, seed)
     present, compact = np.unique(classes[places], return_inverse=True)
     deal, names = _deal(rules, compact.astype(np.int64), len(present), train, seed)
-    left_out = f"{classes.size - places.size} that the corpus keeps for evaluation or test go to nobody"
-    return Deal(places[deal.indices], deal.offsets, {**deal.notes, "own_parts": left_out}), names
+    return Deal(places[deal.indices], deal.offsets, {**deal.notes, **_left_out(train, places)}), names
 
 
 def _deal(

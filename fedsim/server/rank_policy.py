@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError
-from fedsim.own import import_own
+from fedsim.own import import_own, shown
 from fedsim.server.tiers import Tier, Tiers, check_ranks
 
 KEY = "lora.rank_policy"
@@ -56,7 +56,7 @@ def _answers(
     answers = policy(dict(targets), sizes.copy(), lora_rank, seed)
     if not isinstance(answers, Sequence | np.ndarray) or len(answers) != len(sizes):
         raise ConfigError(
-            f"{KEY}={name} must return LoRA ranks of each of {len(sizes)} clients, got {_shown(answers)}"
+            f"{KEY}={name} must return LoRA ranks of each of {len(sizes)} clients, got {shown(answers)}"
         )
     return list(answers)
 
@@ -71,11 +71,6 @@ def _ranks(name: str, client_id: int, answer: Any, targets: Mapping[str, tuple[i
     if not whole or len(by_module) != len(targets):
         raise ConfigError(
             f"{KEY}={name} must give each client a LoRA rank > 0, or one for each of the modules {', '.join(targets)}, "
-            f"got {_shown(answer)} for client {client_id}"
+            f"got {shown(answer)} for client {client_id}"
         )
     return tuple(int(rank) for rank in ranks)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
