@@ -108,6 +108,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(params=[pytest.param("a GPU", marks=pytest.mark.gpu), "a pretend GPU"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A GPU where there is one, and in any case one of `tests.pretend_gpu`."""
+    if request.param == "a GPU":
+        yield torch.device("cuda", 0)
+        return
+    from tests.pretend_gpu import CUDA, pretend_gpu
+
+    with monkeypatch.context() as patch, pretend_gpu(patch):
+        yield CUDA
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with real data and reference vectors beside the repository, which a clone does not have."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fedsim.comm.group import Group, join_group
@@ -174,11 +175,13 @@ def run_program(
     tmp_path: Path,
     timeout_s: float = 120.0,
     meanwhile: Callable[[list[int]], None] | None = None,
+    pretend_gpus: bool = False,
 ) -> list[tuple[int | None, str]]:
     """Call `fedsim.main` in `world_size` real processes, as a launcher would; exit code and standard error of each.
 
     The processes are forked from a server that has imported what they need, which saves seconds for each. The exit
-    code of a process that does not end in time is None. `meanwhile` is called with their ids while they run.
+    code of a process that does not end in time is None. `meanwhile` is called with their ids while they run. With
+    `pretend_gpus` each process has a pretend GPU (`tests.pretend_gpu`).
     """
     context = _preloaded_context()
     with socket.socket() as free:
@@ -196,6 +199,7 @@ def run_program(
                 list(arguments),
                 {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 str(outputs[rank]),
+                pretend_gpus,
             ),
             daemon=True,
         )
@@ -215,11 +219,20 @@ def run_program(
     return [(code, output.read_text(encoding="utf-8")) for code, output in zip(codes, outputs, strict=True)]
 
 
-def _program_main(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+def _program_main(
+    arguments: Sequence[str], environment: Mapping[str, str], output: str, pretend_gpus: bool
+) -> None:
     os.environ.update(environment)
     with Path(output).open("wb") as file:
         os.dup2(file.fileno(), 2)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     from fedsim.main import main
 
-    sys.exit(main(arguments))
+    if not pretend_gpus:
+        sys.exit(main(arguments))
+    from tests.pretend_gpu import pretend_gpu
+
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    with pytest.MonkeyPatch.context() as patch, pretend_gpu(patch, rank, world_size):
+        code = main(arguments)
+    sys.exit(code)

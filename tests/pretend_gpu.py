@@ -1,7 +1,8 @@
 """A pretend GPU: tensors that say `cuda:0` and are computed on the CPU, to find what would lie in the wrong place.
 
 As on a real GPU, an operation refuses tensors of both kinds of memory, numpy does not see the GPU's, and the host waits
-where it reads one. Kernels, streams and memory are not pretended.
+where it reads one. NCCL, which is gloo here, takes nothing but the GPU's. Kernels, streams and memory are not
+pretended.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -35,8 +37,9 @@ BOTH = (
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of the pretend GPU around one of the CPU."""
+    """A tensor of the pretend GPU, of which a process has one, around one of the CPU."""
 
+    place = CUDA
     inner: torch.Tensor
 
     @staticmethod
@@ -52,7 +55,7 @@ class OnGpu(torch.Tensor):
         tensor.inner = inner
         return tensor
 
-    device = property(lambda self: CUDA)
+    device = property(lambda self: OnGpu.place)
     is_cuda = property(lambda self: True)
     is_meta = property(lambda self: False)
 
@@ -104,6 +107,8 @@ class PretendGpu(TorchDispatchMode):
         )
 
     def _check(self, func: Any, tensors: list[torch.Tensor], on_gpu: list[OnGpu], asked: str | None) -> None:
+        if func.namespace == "c10d" and len(on_gpu) < len(tensors):
+            raise RuntimeError(f"{func}: tensors must be CUDA and dense")
         if not on_gpu:
             return
         on_host = [value for value in tensors if not isinstance(value, OnGpu) and value.dim() > 0]
@@ -119,7 +124,9 @@ def plain_attention(
 ) -> Any:  # fmt: skip
     """`F.scaled_dot_product_attention` in plain operations; torch's own asks the device for a kernel."""
     assert dropout_p == 0.0
-    assert not enable_gqa
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
@@ -153,17 +160,24 @@ def plain_varlen_attention(real: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+NCCL = {"nccl": "gloo"}
+"""What torch.distributed is asked for, and what it gets."""
+
+
 @contextlib.contextmanager
-def pretend_gpu(patch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
-    """A machine with one pretend GPU of the kind of an H100."""
+def pretend_gpu(patch: pytest.MonkeyPatch, index: int = 0, count: int = 1) -> Iterator[PretendGpu]:
+    """A machine with pretend GPUs of the kind of an H100, of which this process uses number `index`."""
+    place = torch.device("cuda", index)
+    patch.setattr(OnGpu, "place", place)
     values = {
         "_lazy_init": None,
         "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
+        "device_count": count,
+        "current_device": index,
         "set_device": None,
         "empty_cache": None,
         "synchronize": None,
+        "current_stream": SimpleNamespace(synchronize=lambda: None),
         "get_rng_state": torch.get_rng_state(),
         "set_rng_state": None,
         "manual_seed_all": None,
@@ -177,6 +191,9 @@ def pretend_gpu(patch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
     }
     for name, value in values.items():
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
+    join = dist.init_process_group
+    patch.setattr(dist, "init_process_group", lambda backend, **rest: join(NCCL[backend], **rest))
+    patch.setattr(dist.distributed_c10d, "_get_object_coll_device", lambda _=None: place)
     patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a thread that reads weights would not be in the mode
     if HAS_VARLEN:
         from torch.nn.attention import varlen

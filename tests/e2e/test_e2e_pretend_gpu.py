@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedsim.models import packing
+from tests.helpers import run_program
 from tests.pretend_gpu import pretend_gpu
 
 MIXED = "lora.tiers=[{share: 0.5, rank: 2}, {share: 0.5, rank: 4}]"
@@ -139,3 +140,26 @@ def test_answers_on_a_pretend_gpu(
         keys.append("evaluation.answers.max_new_tokens=4")
     cpu, gpu = run_both(program, monkeypatch, *FLOAT32, "run.rounds=1", *keys)
     assert gpu == pytest.approx(cpu, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["lora.dropout=0.1"],
+        ["strategy.name=flexlora", MIXED, "aggregation.svd_device=cuda", "aggregation.svd_placement=sharded"],
+        ["strategy.name=fedsa"],
+        ["strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.density=0.1"],
+    ],
+    ids=["fedavg", "flexlora", "fedsa", "slora"],
+)
+def test_two_processes_with_a_pretend_gpu_each(
+    keys: list[str], program: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL gets tensors of the GPU alone, and one process ends with the same bits."""
+    keys = [*FLOAT32, *keys, "run.device=cuda", "run.rounds=2", "cohort.size=6", "training.pack.num_packs=3"]
+    two = [*program.arguments([*keys, "run.name=two"])]
+    outcomes = run_program(two, 2, program.folder, 120.0, pretend_gpus=True)
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    with monkeypatch.context() as patch, pretend_gpu(patch):
+        assert program.run("run.name=one", *keys) == 0
+    assert figures(program.run_folder.with_name("two")) == figures(program.run_folder.with_name("one"))

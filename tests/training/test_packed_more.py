@@ -707,11 +707,10 @@ def test_scorers_agree(dtype, tolerance, store):
     assert model.lm_head.weight.grad is None
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(not packing.HAS_VARLEN, reason="this torch has no attention for packed sequences")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_base_on_a_gpu(family, store, monkeypatch):
+def test_bf16_base_on_a_gpu(family, store, cuda, monkeypatch):
     """fp32 adapters on a bf16 base: losses near the sequential trainer's, through the varlen kernel."""
-    cuda = torch.device("cuda")
     build, target_modules = FAMILIES[family]
     starts = starts_for(build(torch.float32), target_modules, torch.float32)
     jobs = clients(store)
@@ -732,13 +731,12 @@ def test_bf16_base_on_a_gpu(family, store, monkeypatch):
         assert mine.report.train_loss_last == pytest.approx(theirs.report.train_loss_last, abs=2e-2)
 
 
-@pytest.mark.gpu
-def test_fp64_on_a_gpu(store):
+def test_fp64_on_a_gpu(store, cuda):
     starts = starts_for(tiny_opt(DOUBLE), TWO, DOUBLE)
     jobs = clients(store)
     alone = train_sequential(tiny_opt(DOUBLE), TWO, jobs, starts, store)
-    model = tiny_opt(DOUBLE).to("cuda")
-    engine = StackedModel(model, find_targets(model, TWO), torch.device("cuda"))
+    model = tiny_opt(DOUBLE).to(cuda)
+    engine = StackedModel(model, find_targets(model, TWO), cuda)
     plans = [ClientPlan(start) for start in starts]
     packed = PackedTrainer(engine, store, 3, 10_000, False, 0).train(Pack(0, jobs), plans, 1)
     for mine, theirs in zip(packed, alone, strict=True):

@@ -657,11 +657,9 @@ def test_a_slot_keeps_nothing_of_its_last_plan():
     assert torch.equal(rows.values, before)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_plans_on_a_gpu(optimizer, store):
+def test_plans_on_a_gpu(optimizer, store, cuda):
     """Plans whose tensors are on the CPU, and on the GPU."""
-    cuda = torch.device("cuda")
     jobs, plans = mixed_pack(store, OPTIMIZERS[optimizer])
     alone = train_alone(jobs, plans, store)
     engine = StackedModel(tiny_opt(DOUBLE).to(cuda), TARGETS, cuda)

@@ -1,16 +1,18 @@
 """The packed trainer on a pretend GPU: what lies where, and how often the host waits."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedsim.comm.group import Group
 from fedsim.lora.plan import ClientPlan
 from fedsim.models.stacked import StackedModel
 from fedsim.models.targets import find_targets
 from fedsim.training.packed import PackedTrainer
 from fedsim.training.packs import Pack
-from tests.helpers import make_store, random_texts
+from tests.helpers import make_store, random_texts, run_ranks
 from tests.pretend_gpu import CUDA, OnGpu, pretend_gpu
 from tests.training.test_packed import FAMILIES, clients, starts_for, train_packed
 
@@ -62,3 +64,20 @@ def test_what_lies_in_the_wrong_place_is_seen(monkeypatch: pytest.MonkeyPatch) -
         assert gpu.waits.total() == 1
         assert float(there.sum()) == 3.0
         assert gpu.waits.total() == 2
+
+
+def exchange_on_gpus(group: Group) -> tuple[list[Any], str]:
+    with pytest.MonkeyPatch.context() as patch, pretend_gpu(patch, group.rank, group.world_size):
+        mine = torch.full((2,), float(group.rank), device=torch.device("cuda", group.rank))
+        found = [tensor.tolist() for tensor in group.all_gather(mine)]
+        try:
+            group.all_gather(torch.ones(2))
+        except RuntimeError as error:
+            return found, str(error)
+    return found, ""
+
+
+def test_pretend_nccl_takes_tensors_of_the_gpu_alone(tmp_path: Path) -> None:
+    for found, error in run_ranks(exchange_on_gpus, 2, tmp_path):
+        assert found == [[0.0, 0.0], [1.0, 1.0]]
+        assert "tensors must be CUDA" in error
