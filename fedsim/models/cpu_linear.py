@@ -308,26 +308,27 @@ def pays(shapes: Sequence[tuple[int, int]], cpu: CpuKind) -> bool:
     """True if packed weights of these shapes make a model faster on such a CPU. A rule; nothing is timed.
 
     They do on AMD's CPUs with AVX-512 if at least half of the weights lie in matrices of at least 2^18 values on Zen 4
-    (family 25) and 2^14 from Zen 5 (family 26) on. Elsewhere torch's own product stays: MKL has its fastest path on
+    (family 25) and 2^14 from Zen 5 (family 26) on, as rows of 128 tokens and more want it. Elsewhere torch's own product stays: MKL has its fastest path on
     Intel's CPUs, and others were not measured.
 
-    Measured in GFLOP/s of one thread, output and input gradient together, torch 2.13 and oneDNN 3.12, on an EPYC of
-    family 25 model 17 that others were using (best of 15):
+    Measured in GFLOP/s of one thread, output and input gradient together, torch 2.13 and oneDNN 3.12, torch's own and
+    packed, best of 15: on an EPYC of family 25 model 17 that others were using, and on one of family 26 model 2, whose
+    512-bit units are twice as wide.
 
-        o x i           T = 32       128       512       2048      (torch / packed)
-        64 x 64         47 / 15    60 / 34   84 / 68    73 / 82
-        128 x 128       73 / 40    89 / 76   94 / 97    89 / 96
-        128 x 512       64 / 58    81 / 79   86 / 92    66 / 86
-        256 x 256       84 / 73    92 / 94   92 / 101   87 / 99
-        512 x 512       79 / 91    85 / 96   84 / 98    92 / 109
-        2048 x 128      64 / 83    81 / 89   83 / 98    81 / 103
-        768 x 768       79 / 95    86 / 93   96 / 107   95 / 108
-        768 x 3072      61 / 85    87 / 104  93 / 109   96 / 111
-        50272 x 768     56 / 95    82 / 107  86 / 100   -
+                        family 25                                    family 26
+        o x i           T = 32    128       512       2048           T = 32    128        512        2048
+        64 x 64         47 / 15   60 / 34   84 / 68   73 / 82        64 / 21   92 / 67    101 / 151  101 / 216
+        128 x 128       73 / 40   89 / 76   94 / 97   89 / 96        87 / 68   104 / 153  107 / 219  69 / 104
+        128 x 512       64 / 58   81 / 79   86 / 92   66 / 86        94 / 144  105 / 212  107 / 244  100 / 249
+        256 x 256       84 / 73   92 / 94   92 / 101  87 / 99        96 / 147  107 / 214  111 / 246  103 / 253
+        512 x 512       79 / 91   85 / 96   84 / 98   92 / 109       98 / 202  109 / 244  111 / 256  91 / 246
+        2048 x 128      64 / 83   81 / 89   83 / 98   81 / 103       96 / 201  107 / 241  103 / 252  100 / 237
+        768 x 768       79 / 95   86 / 93   96 / 107  95 / 108       98 / 221  107 / 248  107 / 243  106 / 246
+        768 x 3072      61 / 85   87 / 104  93 / 109  96 / 111       87 / 202  100 / 233  106 / 241  108 / 240
+        50272 x 768     56 / 95   82 / 107  86 / 100  -              76 / 181  99 / 231   100 / 204  -
 
     A call costs about 10 us more than torch's, and the first one with a new (T, o, i) about 0.4 ms; oneDNN remembers
-    the latest 1024 of them. Zen 5's 512-bit units are twice as wide: on a CPU that reached 252 GFLOP/s, 128 x 128 ran
-    at 180 (T = 160), against 111 for torch's best. That it was a Zen 5 is inferred from these figures.
+    the latest 1024 of them.
 
     Args:
         shapes: (o, i) of each linear module that would be packed, repeats included.
