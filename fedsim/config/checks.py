@@ -24,6 +24,7 @@ from fedsim.config.keys import show
 from fedsim.config.messages import refuse
 from fedsim.config.rules import unused_keys
 from fedsim.config.schema import Config
+from fedsim.config.strategy_traits import check_traits
 
 
 def cross_checks(config: Config) -> None:
@@ -49,6 +50,7 @@ def cross_checks(config: Config) -> None:
             *check_scaffold(config),
             *check_aggregation(config.aggregation, config.run),
             *check_privacy(config),
+            *check_traits(config),
             *_evaluation(config.evaluation, config.data),
             *_early_stopping(config),
             *_comm(config),

@@ -308,8 +308,8 @@ def pays(shapes: Sequence[tuple[int, int]], cpu: CpuKind) -> bool:
     """True if packed weights of these shapes make a model faster on such a CPU. A rule; nothing is timed.
 
     They do on AMD's CPUs with AVX-512 if at least half of the weights lie in matrices of at least 2^18 values on Zen 4
-    (family 25) and 2^14 from Zen 5 (family 26) on, as rows of 128 tokens and more want it. Elsewhere torch's own product stays: MKL has its fastest path on
-    Intel's CPUs, and others were not measured.
+    (family 25) and 2^14 from Zen 5 (family 26) on, which pays from about 128 tokens. Elsewhere torch's own product
+    stays: MKL has its fastest path on Intel's CPUs, and others were not measured.
 
     Measured in GFLOP/s of one thread, output and input gradient together, torch 2.13 and oneDNN 3.12, torch's own and
     packed, best of 15: on an EPYC of family 25 model 17 that others were using, and on one of family 26 model 2, whose

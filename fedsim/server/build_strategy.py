@@ -8,15 +8,15 @@ from fedsim.aggregation.privacy import PrivacyAccountant
 from fedsim.aggregation.private import PrivacySettings
 from fedsim.aggregation.server_optimizers import ServerOptimizerSettings
 from fedsim.aggregation.strategy import Federation, Strategy
+from fedsim.config.messages import refuse
 from fedsim.config.schema import Config
 from fedsim.config.strategy_section import StrategyConfig
+from fedsim.config.strategy_traits import client_weight_problems, trait_problems
 from fedsim.config.yaml_text import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.lora.initial import ScalingRule
 from fedsim.server.cohort import CohortPolicy
-from fedsim.server.tiers import (
-    Tiers,
-)
+from fedsim.server.tiers import Tiers
 
 
 def build_federated_strategy(
@@ -106,47 +106,9 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
             f"{key} must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
             f"{len(tiers.ranks)} tiers; use a strategy for mixed ranks, such as flexlora"
         )
-    if tiers.phases and traits.keeps_client_state and not traits.has_global_model:
-        raise ConfigError(
-            f"lora.rank_schedule must be empty with strategy.name={strategy.name}, whose clients keep their adapters, "
-            f"got {len(tiers.phases)} phases"
-        )
-    if tiers.phases and traits.trains_pool:
-        raise ConfigError(
-            f"lora.rank_schedule must be empty with strategy.name={strategy.name}, which trains one adapter of the "
-            f"largest ranks, got {len(tiers.phases)} phases"
-        )
-    if not traits.has_global_model and config.evaluation.answers.metric != "off":
-        raise ConfigError(
-            f"evaluation.answers.metric must be off with strategy.name={strategy.name}, which has no global model to "
-            f"answer, got '{config.evaluation.answers.metric}'"
-        )
-    if not traits.has_global_model and config.evaluation.client_test == "off":
-        raise ConfigError(
-            "evaluation.client_test must be common or own_split with strategy.name="
-            f"{strategy.name}, which has no global model to test, got 'off'"
-        )
-    if not traits.has_global_model and config.early_stopping.metric != "off":
-        raise ConfigError(
-            f"early_stopping.metric must be off with strategy.name={strategy.name}, which has no global model to "
-            f"measure, got '{config.early_stopping.metric}'"
-        )
-    if not traits.uses_client_weights and config.aggregation.client_weights not in ("examples", "uniform"):
-        raise ConfigError(
-            f"aggregation.client_weights must be examples with strategy.name={strategy.name}, which has no use for it, "
-            f"got '{config.aggregation.client_weights}'"
-        )
-    if traits.changes_base and config.model.quantization != "none":
-        raise ConfigError(
-            f"model.quantization must be none with strategy.name={strategy.name}, which changes the weights of the "
-            f"base, got '{config.model.quantization}'"
-        )
-    if traits.changes_base and config.model.sharding != "none":
-        raise ConfigError(
-            f"model.sharding must be none with strategy.name={strategy.name}, which changes the weights of the base, "
-            f"got '{config.model.sharding}'"
-        )
-    if config.run.merged_model and not traits.has_global_model:
-        raise ConfigError(
-            f"run.merged_model must be false with strategy.name={strategy.name}, which has no global model, got true"
-        )
+    refuse(
+        [
+            *client_weight_problems(config, strategy.name, traits),
+            *trait_problems(config, strategy.name, traits),
+        ]
+    )

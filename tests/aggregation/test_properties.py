@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsim.aggregation.build import build_strategy
 from fedsim.aggregation.strategy import Strategy
 from fedsim.config.loader import load_config
 from fedsim.config.strategy_section import STRATEGY_NAMES
+from fedsim.config.strategy_traits import KNOWN
 from fedsim.errors import ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule
@@ -424,16 +426,41 @@ def test_mixed_ranks_are_refused_where_they_cannot_be_combined(name):
             "training.max_grad_norm=null",
             "aggregation.client_weights=uniform",
         ]
-    config = load_config(None, wanted)
-    tiers = build_tiers(config, TARGETS, 20)
     alike = load_config(None, wanted[1:])
     if build_federated_strategy(alike, TARGETS, build_tiers(alike, TARGETS, 20), 20).traits.mixed_ranks:
-        assert build_federated_strategy(config, TARGETS, tiers, 20).name == name
+        config = load_config(None, wanted)
+        assert build_federated_strategy(config, TARGETS, build_tiers(config, TARGETS, 20), 20).name == name
         return
     with pytest.raises(
-        ConfigError, match=f"lora.tiers must give all clients the same LoRA ranks with .*{name}"
+        ConfigError, match=f"lora.tiers must give all clients the same LoRA ranks with .*{name}, got 2 tiers"
     ):
-        build_federated_strategy(config, TARGETS, tiers, 20)
+        load_config(None, wanted)
+    with pytest.raises(ConfigError, match=f"lora.distribution must give .*{name}, got 'uniform'"):
+        load_config(None, ["lora.distribution=uniform", *wanted[1:]])
+    with pytest.raises(ConfigError, match=f"lora.rank_schedule must be empty with .*{name}.*, got 1 phases"):
+        load_config(None, ["lora.rank_schedule=[{from_round: 1, scale: 0.5}]", *wanted[1:]])
+    # which ranks clients come to have by their data, or by a function, is known later
+    config = load_config(None, ["lora.distribution=by_size", "lora.rank=4", *wanted[1:]])
+    mixed = build_tiers(config, TARGETS, 20, np.arange(1, 21))
+    assert mixed.are_mixed
+    with pytest.raises(ConfigError, match=f"lora.distribution must give all clients .*{name}"):
+        build_federated_strategy(config, TARGETS, mixed, 20)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, "slora"])
+@pytest.mark.parametrize("then", ["fedavg", "flexlora", "hetlora", "hetlora_naive"])
+def test_the_configuration_knows_the_traits_of_strategies(name, then):
+    """What it refuses before any code of a strategy is loaded is what the strategy would refuse."""
+    arguments = {"then": then, "rounds": 1, "density": 0.2} if name == "slora" else None
+    traits = build_strategy(
+        name, make_federation(LARGEST, num_clients=5, weighting="uniform"), arguments
+    ).traits
+    known = KNOWN[then if name == "slora" else name]
+    for field in fields(known):
+        if name == "slora" and field.name in ("reduce", "uses_client_weights"):
+            continue
+        assert getattr(traits, field.name) == getattr(known, field.name), field.name
+    assert set(KNOWN) | {"slora"} == set(STRATEGY_NAMES)
 
 
 @pytest.mark.parametrize("name", STRATEGY_NAMES)

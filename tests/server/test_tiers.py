@@ -41,6 +41,8 @@ PERCENT = {
 }
 """Types 1, 2, 3 and 4 of arXiv 2402.11505."""
 
+MIXING = "strategy.name=flexlora"
+
 
 def opt_targets(hidden: int = 768, layers: int = 12) -> dict[str, tuple[int, int]]:
     from transformers import OPTConfig
@@ -116,6 +118,7 @@ def test_ranks_by_round():
     config = load_config(
         None,
         [
+            MIXING,
             "lora.tiers=[{share: 1, rank: 2}, {share: 1, rank: 8}]",
             "lora.rank_schedule=[{from_round: 1, scale: 0.25}, {from_round: 3, scale: 1.0}]",
         ],
@@ -128,7 +131,7 @@ def test_ranks_by_round():
     assert tiers.lora_ranks(large, 1) is tiers.lora_ranks(large, 2)
     assert tiers.max_ranks == tiers.lora_ranks(POOLED_CLIENT, 1) == {"a": 8}
     one = build_tiers(
-        load_config(None, ["lora.rank_schedule=[{from_round: 0, scale: 0.5}]"]), {"a": (4, 4)}, 3
+        load_config(None, [MIXING, "lora.rank_schedule=[{from_round: 0, scale: 0.5}]"]), {"a": (4, 4)}, 3
     )
     assert one.are_mixed, "a strategy must be able to work with other ranks than the adapter's"
     with pytest.raises(ConfigError, match="ascending values of from_round, got"):
@@ -137,7 +140,7 @@ def test_ranks_by_round():
 
 def test_from_the_configuration():
     config = load_config(
-        None, ["lora.tiers=[{share: 3, rank: 2}, {share: 1, rank: 4, module_ranks: {v_proj: 6}}]"]
+        None, [MIXING, "lora.tiers=[{share: 3, rank: 2}, {share: 1, rank: 4, module_ranks: {v_proj: 6}}]"]
     )
     tiers = build_tiers(config, {"x.q_proj": (8, 8), "x.v_proj": (8, 8)}, 400)
     assert [list(ranks.values()) for ranks in tiers.ranks] == [[2, 2], [4, 6]]
@@ -149,7 +152,7 @@ def test_from_the_configuration():
 
 @pytest.mark.parametrize(("name", "percent"), PERCENT.items())
 def test_distributions_of_the_paper_over_its_clients(name, percent):
-    config = load_config(None, [f"lora.distribution={name}", "lora.rank_scale=0.1"])
+    config = load_config(None, [MIXING, f"lora.distribution={name}", "lora.rank_scale=0.1"])
     tiers = build_tiers(config, {"x.q_proj": (64, 64), "x.fc1": (64, 64)}, CLIENTS)
     assert sum(tiers.num_clients) == CLIENTS
     assert within_three_sigma(tiers.num_clients, percent)
@@ -174,7 +177,7 @@ def test_normal_is_a_density_at_the_types_in_order():
 
 
 def test_the_order_of_the_types_in_the_code_is_not_that_of_the_paper():
-    config = load_config(None, ["lora.distribution=normal", "lora.rank_scale=0.1"])
+    config = load_config(None, [MIXING, "lora.distribution=normal", "lora.rank_scale=0.1"])
     counts = build_tiers(config, {"x.q_proj": (64, 64)}, CLIENTS).num_clients
     assert not within_three_sigma(counts, PERCENT["normal_code"])
 
@@ -228,7 +231,9 @@ def test_modules_of_neither_kind_are_refused():
 
 
 def test_a_tier_of_the_user_must_fit_the_model_even_without_clients():
-    config = load_config(None, ["lora.tiers=[{rank: 4}, {rank: 4, share: 1.0e-9, module_ranks: {fc1: 17}}]"])
+    config = load_config(
+        None, [MIXING, "lora.tiers=[{rank: 4}, {rank: 4, share: 1.0e-9, module_ranks: {fc1: 17}}]"]
+    )
     with pytest.raises(
         ConfigError, match=r"^lora.tiers\[1\]: LoRA ranks must be at most 16, .* x.fc1 .* got 17$"
     ):
