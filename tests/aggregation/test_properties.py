@@ -16,6 +16,7 @@ import torch
 
 from fedsim.aggregation.build import build_strategy
 from fedsim.aggregation.strategy import Strategy
+from fedsim.comm.group import Group, SoloGroup
 from fedsim.config.loader import load_config
 from fedsim.config.strategy_section import STRATEGY_NAMES
 from fedsim.config.strategy_traits import KNOWN
@@ -39,6 +40,8 @@ from tests.cohorts import (
     random_adapter,
     restated,
 )
+from tests.helpers import run_ranks
+from tests.server.test_strategy_rounds import case_rounds
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "strategies.md"
 BEGIN, END = "<!-- property matrix: begin -->", "<!-- property matrix: end -->"
@@ -354,6 +357,20 @@ def resumes(name: str, folder: Path) -> str:
     return "same bits" if bits(one) == bits(other) else "differs"
 
 
+def whole_rounds(group: Group, folder: Path) -> dict[str, Any]:
+    """Strategy -> everything that three rounds with real local training leave and report."""
+    return {name: case_rounds(group, name, folder, False) for name in STRATEGY_NAMES}
+
+
+def on_two_processes(folder: Path) -> dict[str, str]:
+    alone = whole_rounds(SoloGroup(), folder)
+    ranks = run_ranks(whole_rounds, 2, folder, folder, timeout_s=280.0)
+    return {
+        name: "same bits" if all(rank[name] == found for rank in ranks) else "differ"
+        for name, found in alone.items()
+    }
+
+
 COLUMNS: Mapping[str, Callable[[str], str]] = {
     "no-op round": no_op_round,
     "mean of products": average,
@@ -367,15 +384,16 @@ COLUMNS: Mapping[str, Callable[[str], str]] = {
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("checkpoints")
+    processes = on_two_processes(tmp_path_factory.mktemp("processes"))
     return {
         name: {column: measure(name) for column, measure in COLUMNS.items()}
-        | {"resume": resumes(name, folder)}
+        | {"resume": resumes(name, folder), "1 or 2 processes": processes[name]}
         for name in STRATEGY_NAMES
     }
 
 
 def printed(matrix: Mapping[str, Mapping[str, str]]) -> str:
-    columns = [*COLUMNS, "resume"]
+    columns = [*COLUMNS, "resume", "1 or 2 processes"]
     lines = [f"| strategy | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
     lines += [f"| `{name}` | {' | '.join(cells[c] for c in columns)} |" for name, cells in matrix.items()]
     return "\n".join(lines)
@@ -392,11 +410,22 @@ def test_the_printed_matrix_is_the_measured_one(matrix, refresh_golden):
     assert found[1].splitlines() == printed(matrix).splitlines()
 
 
+def test_the_table_of_methods_names_their_tests():
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\]\(\.\./(tests/aggregation/\w+\.py)\) \|$", DOCS.read_text(encoding="utf-8"), re.M
+    )
+    assert [name for name, _ in rows] == sorted(STRATEGY_NAMES, key=[name for name, _ in rows].index)
+    for name, path in rows:
+        text = (DOCS.parents[1] / path).read_text(encoding="utf-8")
+        module = f"fedsim.aggregation.{'hetlora' if name == 'hetlora_naive' else name} import"
+        assert module in text or f'"{name}"' in text, f"{path} does not test {name}"
+
+
 def test_no_strategy_may_fail_these(matrix):
     for name, cells in matrix.items():
         assert cells["no-op round"] != "changed", name
         assert cells["alpha / r honoured"] == "yes", name
-        assert cells["resume"] == "same bits", name
+        assert cells["resume"] == cells["1 or 2 processes"] == "same bits", name
         assert cells["what is not sent"] in ("stays", "all is sent"), name
         assert cells["renumbered clients"] in ("same", "-"), name
 
