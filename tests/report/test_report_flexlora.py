@@ -282,9 +282,16 @@ def test_tiers_have_their_own_clients_costs(tmp_path):
 def test_what_runs_do_not_have_is_left_out(tmp_path):
     write_run(tmp_path / "plain", rounds=1)
     assert set(tables_of(tmp_path / "plain")) == {"common", "results", "parameters", "runs"}
-    write_run(tmp_path / "bare", "lora.distribution=uniform", rounds=1, evaluate=False, client_tests=False)
+    write_run(
+        tmp_path / "bare",
+        "strategy.name=flexlora",
+        "lora.distribution=uniform",
+        rounds=1,
+        evaluate=False,
+        client_tests=False,
+    )
     assert set(tables_of(tmp_path / "bare")) == {"common", "results", "parameters", "runs"}
-    write_run(tmp_path / "one", "lora.distribution=uniform", rounds=2, tiers=RANKS)
+    write_run(tmp_path / "one", "strategy.name=flexlora", "lora.distribution=uniform", rounds=2, tiers=RANKS)
     found = tables_of(tmp_path / "one")
     assert set(found) == {
         "common", "results", "parameters", "runs", "loss_by_method", "rounds_to_target", "tiers"

@@ -242,7 +242,7 @@ def test_what_all_runs_have_in_common_stands_first(tmp_path):
     assert "lora.rank" not in found
     assert "training.local_steps" not in found  # not set
     # what differs, or is of no use in some run, is not common
-    write_run(tmp_path, "data.partition.name=iid", "lora.distribution=uniform", name="c", rounds=3)
+    write_run(tmp_path, "data.partition.name=iid", "lora.distribution=homogeneous", name="c", rounds=3)
     found = {row[2] for row in make_report([tmp_path]).tables[0].rows}
     assert not found & {"run.rounds", "data.partition.name", "data.partition.dirichlet_alpha", "lora.rank"}
 
