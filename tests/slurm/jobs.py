@@ -52,10 +52,18 @@ class Job:
 
     def field(self, key: str) -> str:
         """What `scontrol show job` says of the job."""
-        text = self.cluster.run("scontrol", "--oneliner", "show", "job", self.name)
+        text = self._shown()
         found = re.search(rf"(?:^|\s){key}=(\S*)", text)
         assert found is not None, f"no {key} in {text}"
         return found[1]
+
+    def _shown(self) -> str:
+        return self.cluster.run("scontrol", "--oneliner", "show", "job", self.name)
+
+    @property
+    def was_preempted(self) -> bool:
+        """Whether it had to make room; of a job that has been queued again for it Slurm shows no PreemptTime."""
+        return re.search(r"\s(PreemptTime=(?!None)|Restarts=[1-9])", self._shown()) is not None
 
     @property
     def state(self) -> str:

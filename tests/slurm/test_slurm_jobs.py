@@ -60,7 +60,7 @@ def test_preempted(
     job.await_rounds()
     with job.frozen():
         cluster.run("sbatch", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
-        await_true("the preemption", lambda: job.field("PreemptTime") != "None", tell=job.story)
+        await_true("the preemption", lambda: job.was_preempted, tell=job.story)
     job.wait()
     assert job.restarts == 1
     assert_same_bits(job, work)
