@@ -1,15 +1,11 @@
-"""A partition of your own: the first half of the clients hold the short texts, the others the long ones."""
+"""A partition of your own: the first clients hold the shortest texts, the last ones the longest."""
 
 import numpy as np
 
 
-def short_and_long(lengths, labels, num_clients, dirichlet_alpha, seed):
-    """Positions of each client's texts, of which it holds one at least; within a half, amounts are Dirichlet shares."""
+def by_length(lengths, labels, num_clients, dirichlet_alpha, seed):
+    """Positions of each client's texts, of which it holds one at least; the amounts are Dirichlet shares."""
     generator = np.random.default_rng(seed)
-    halves = np.array_split(np.argsort(lengths, kind="stable"), 2)
-    clients = []
-    for texts, members in zip(halves, np.array_split(np.arange(num_clients), 2), strict=True):
-        shares = generator.dirichlet([dirichlet_alpha] * len(members))
-        sizes = 1 + generator.multinomial(len(texts) - len(members), shares)
-        clients += np.split(generator.permutation(texts), np.cumsum(sizes)[:-1])
-    return clients
+    shares = generator.dirichlet([dirichlet_alpha] * num_clients)
+    sizes = 1 + generator.multinomial(len(lengths) - num_clients, shares)
+    return np.split(np.argsort(lengths, kind="stable"), np.cumsum(sizes)[:-1])

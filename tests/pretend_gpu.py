@@ -1,8 +1,8 @@
 """A pretend GPU: tensors that say `cuda:0` and are computed on the CPU, to find what would lie in the wrong place.
 
 As on a real GPU, an operation refuses tensors of both kinds of memory, numpy does not see the GPU's, and the host waits
-where it reads one. NCCL, which is gloo here, takes nothing but the GPU's. Kernels, streams and memory are not
-pretended.
+where it reads one. NCCL, which is gloo here, takes nothing but the GPU's. Kernels, streams, memory and a second GPU of
+the same process are not pretended.
 """
 
 import contextlib
@@ -26,14 +26,27 @@ CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 
-BOTH = (
-    aten.copy_.default,
+INDEXED = (
     aten.index.Tensor,
     aten.index_put.default,
     aten.index_put_.default,
     aten._index_put_impl_.default,
 )
-"""Operations that take something from the host's memory too; the host waits for the copy."""
+"""Operations that take positions from the host's memory too; the host waits for the copy."""
+
+JOINED = (aten.cat.default, aten.cat.out, aten.stack.default, aten.stack.out)
+"""Operations that take nothing from the host, not even a single value."""
+
+COUNTED = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.masked_select.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+    aten.unique_consecutive.default,
+)
+"""Operations after which the host waits: for a value, or for the size of the result."""
 
 
 class OnGpu(torch.Tensor):
@@ -111,11 +124,28 @@ class PretendGpu(TorchDispatchMode):
             raise RuntimeError(f"{func}: tensors must be CUDA and dense")
         if not on_gpu:
             return
-        on_host = [value for value in tensors if not isinstance(value, OnGpu) and value.dim() > 0]
-        if on_host and func not in BOTH:
+        on_host = [value for value in tensors if not isinstance(value, OnGpu)]
+        if func is not aten.copy_.default and self._refuses(func, tensors, on_host):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
-        if on_host or func is aten._local_scalar_dense.default or asked == "cpu":
+        masks = func in INDEXED and any(value.dtype == torch.bool for value in tensors[1:])
+        copies = any(value.dim() > 0 for value in on_host)
+        if copies or masks or func in COUNTED or asked == "cpu":
             self.waits[str(func)] += 1
+
+    def _refuses(self, func: Any, tensors: list[torch.Tensor], on_host: list[torch.Tensor]) -> bool:
+        """Whether a GPU refuses these tensors of the host beside its own: it takes single values and positions."""
+        if not on_host:
+            return False
+        writes = any(
+            argument.alias_info and argument.alias_info.is_write for argument in func._schema.arguments
+        )
+        if func in JOINED or ((writes or func in INDEXED) and not isinstance(tensors[0], OnGpu)):
+            return True
+        if func is aten.index.Tensor:
+            return False
+        if func in INDEXED:
+            return not isinstance(tensors[-1], OnGpu) and tensors[-1].dim() > 0  # the values
+        return any(value.dim() > 0 for value in on_host)
 
 
 def plain_attention(

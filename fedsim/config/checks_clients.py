@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from fedsim.config.clients_section import ClientsConfig, CohortConfig, over_selected
 from fedsim.config.keys import show
+from fedsim.config.model_section import LoraConfig
 from fedsim.config.rules import exactly_one, unused_keys
 from fedsim.config.run_section import RunConfig
 from fedsim.config.schema import Config
@@ -32,6 +33,7 @@ def check_clients(config: Config) -> Iterator[str]:
     """Unreliable clients and the simulated clock."""
     clients, num_clients = config.clients, config.data.partition.num_clients
     yield from _clock(clients)
+    yield from _devices(clients, config.lora)
     for index, outage in enumerate(clients.outages):
         where = f"clients.outages[{index}]"
         if outage.until_round <= outage.from_round:
@@ -60,6 +62,18 @@ def _clock(clients: ClientsConfig) -> Iterator[str]:
     because = "when clients.devices is empty, without which there is no simulated clock"
     yield from unused_keys("clients", clients, ("over_selection", "deadline_s"), because)
     yield from unused_keys("clients.slowness", clients.slowness, ("name", "spread", "each_round"), because)
+
+
+def _devices(clients: ClientsConfig, lora: LoraConfig) -> Iterator[str]:
+    """One for all, or one for each resource tier, where the configuration alone tells how many there are."""
+    if lora.distribution is not None or lora.rank_policy is not None:
+        return
+    num_tiers = max(1, len(lora.tiers))
+    if len(clients.devices) not in (0, 1, num_tiers):
+        yield (
+            f"clients.devices must hold one device for all clients, or one for each of {num_tiers} resource tiers, got "
+            f"{len(clients.devices)}"
+        )
 
 
 def _over_selection(cohort: CohortConfig, factor: float, num_clients: int) -> Iterator[str]:

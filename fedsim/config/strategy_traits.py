@@ -1,5 +1,6 @@
 """What of a strategy decides which other keys it goes with, before any of its code is loaded."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,7 +10,7 @@ from fedsim.config.model_section import LoraConfig
 from fedsim.config.schema import Config
 
 LARGEST_TYPE, SMALLEST_TYPE = 200, 8
-"""LoRA ranks of the resource types of arXiv 2402.11505."""
+"""LoRA ranks of the resource types 4 and 1 of arXiv 2402.11505."""
 
 
 class TraitsOfStrategy(Protocol):
@@ -85,28 +86,46 @@ def check_traits(config: Config) -> Iterator[str]:
     traits = KNOWN[then if name == "slora" else name]
     yield from _ranks(config.lora, name, traits)
     yield from _around(config, name, traits)
-    if not (name == "slora" and not traits.uses_client_weights):  # its first stage has use for them
+    # the first stage of slora has use for them; scaffold and the accountant have rules of their own
+    if name not in ("slora", "scaffold") and config.aggregation.privacy.clip_norm is None:
         yield from client_weight_problems(config, name, traits)
     yield from trait_problems(config, name, traits)
 
 
 def _ranks(lora: LoraConfig, name: str, traits: TraitsOfStrategy) -> Iterator[str]:
-    """Clients or rounds of several LoRA ranks; which clients a draw or a function gives them is not known here."""
+    """Clients or rounds of several LoRA ranks, as far as the configuration alone tells.
+
+    What `module_ranks`, the sizes of clients or a function come to is known when the run has its modules and clients.
+    """
     if traits.mixed_ranks:
         return
     use = "use a strategy for mixed ranks, such as flexlora"
-    if any(phase.scale != 1 for phase in lora.rank_schedule):
+    same = f"must give all clients the same LoRA ranks with strategy.name={name}, got"
+    known = _known_ranks(lora)
+    if len(known) > 1:
+        got = f"{len(lora.tiers)} tiers" if lora.tiers else show(lora.distribution)
+        yield f"lora.{'tiers' if lora.tiers else 'distribution'} {same} {got}; {use}"
+    elif any(scaled_rank(rank, phase.scale) != rank for rank in known for phase in lora.rank_schedule):
         yield (
-            f"lora.rank_schedule must be empty with strategy.name={name}, which keeps the LoRA ranks, got "
+            f"lora.rank_schedule must not change the LoRA ranks with strategy.name={name}, which keeps them, got "
             f"{len(lora.rank_schedule)} phases; {use}"
         )
-    same = f"must give all clients the same LoRA ranks with strategy.name={name}, got"
-    tiers = {(tier.rank, tuple(sorted(tier.module_ranks.items()))) for tier in lora.tiers}
-    if len(tiers) > 1:
-        yield f"lora.tiers {same} {len(lora.tiers)} tiers; {use}"
-    smallest, largest = (max(1, round(rank * lora.rank_scale)) for rank in (SMALLEST_TYPE, LARGEST_TYPE))
-    if lora.distribution not in (None, "homogeneous", "by_size") and smallest < largest:
-        yield f"lora.distribution {same} {show(lora.distribution)}; {use}"
+
+
+def _known_ranks(lora: LoraConfig) -> set[int]:
+    """LoRA ranks of clients, as far as the configuration alone tells them."""
+    if lora.tiers:
+        return set() if any(tier.module_ranks for tier in lora.tiers) else {tier.rank for tier in lora.tiers}
+    if lora.distribution in ("by_size", "homogeneous") or lora.rank_policy is not None:
+        return set()
+    if lora.distribution is None:
+        return {lora.rank}
+    return {scaled_rank(rank, lora.rank_scale) for rank in (SMALLEST_TYPE, LARGEST_TYPE)}
+
+
+def scaled_rank(rank: int, scale: float) -> int:
+    """A LoRA rank times a factor, rounded half up, and 1 at least."""
+    return max(1, math.floor(rank * scale + 0.5))
 
 
 def _around(config: Config, name: str, traits: TraitsOfStrategy) -> Iterator[str]:

@@ -16,6 +16,7 @@ from fedsim.data.length_and_quantity import deal_length_and_quantity
 from fedsim.data.length_skew import deal_length_skew
 from fedsim.data.lengths import assign_classes, explicit_classes, length_classes
 from fedsim.data.natural import OwnParts, deal_natural, deal_own_parts
+from fedsim.data.own_partition import KEY as OWN_KEY
 from fedsim.data.own_partition import deal_by_function
 from fedsim.data.partition import Deal, Partition, check_enough, split_clients
 from fedsim.data.pathological import deal_pathological
@@ -24,6 +25,7 @@ from fedsim.data.prompts import TRAIN
 from fedsim.data.quantity_skew import deal_quantity_skew
 from fedsim.data.tokens import TokenStore, build_token_store
 from fedsim.errors import DataError
+from fedsim.own import import_own
 from fedsim.seeding import numpy_generator
 
 BY_CLASS = (
@@ -87,9 +89,12 @@ def build_data(config: DataConfig, tokenizer: Any, seed: int) -> FederatedData:
         seed: `run.seed`.
 
     Raises:
+        ConfigError: a partitioner of the user's own cannot be imported or called.
         DataError: the corpus cannot be read, or not be partitioned as asked.
         CacheError: the cache cannot be written or is damaged.
     """
+    if ":" in config.partition.name:
+        import_own(OWN_KEY, config.partition.name)  # before the corpus is read
     instruction = config.instruction
     corpus = (
         build_corpus(config, seed) if instruction.format == "off" else build_instruction_corpus(config, seed)

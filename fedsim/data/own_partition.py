@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.partition import Deal
-from fedsim.errors import ConfigError, DataError
-from fedsim.own import import_own, shown
+from fedsim.errors import DataError
+from fedsim.own import call_own, shown
 
 KEY = "data.partition.name"
 
@@ -23,7 +23,7 @@ def deal_by_function(
 ) -> Deal:
     """Deal examples out as a function says.
 
-    It is called once, on every process with the same arguments, and must answer the same:
+    It is called twice, on every process with the same arguments, and must answer the same each time:
 
         function(lengths, labels, num_clients, dirichlet_alpha, seed) -> for each client the positions of its examples
 
@@ -38,19 +38,28 @@ def deal_by_function(
         seed: `run.seed`, for the function's use.
 
     Raises:
-        ConfigError: the function cannot be imported, or is none.
-        DataError: it answers something else than at least one position for each client, none twice.
+        ConfigError: the function cannot be imported, is none, or takes other arguments.
+        DataError: it answers something else than at least one position for each client, none twice, or something else
+            each time.
     """
-    function = import_own(KEY, name)
-    if not callable(function):
-        raise ConfigError(f"{KEY} must name a partitioner or a function, and {name} is neither")
     given = None if labels is None else np.asarray(labels)
-    answers = function(lengths.copy(), given, num_clients, dirichlet_alpha, seed)
-    if not isinstance(answers, Sequence | np.ndarray) or len(answers) != num_clients:
-        raise DataError(
-            f"{KEY}={name} must return the examples of each of {num_clients} clients, got {shown(answers)}"
+
+    def ask() -> list[NDArray[np.int64]]:
+        parameters = "lengths, labels, num_clients, dirichlet_alpha, seed"
+        own_labels = None if given is None else given.copy()
+        return _clients(
+            name,
+            call_own(KEY, name, parameters, lengths.copy(), own_labels, num_clients, dirichlet_alpha, seed),
+            num_clients,
+            lengths.size,
         )
-    clients = [_positions(name, k, answer, lengths.size) for k, answer in enumerate(answers)]
+
+    clients = ask()
+    if any(not np.array_equal(one, other) for one, other in zip(clients, ask(), strict=True)):
+        raise DataError(
+            f"{KEY}={name} must deal the same again when it is called again, and does not; draw from "
+            "numpy.random.default_rng(seed)"
+        )
     offsets = np.concatenate(([0], np.cumsum([client.size for client in clients]))).astype(np.int64)
     indices = np.concatenate(clients)
     held = np.unique(indices).size
@@ -61,6 +70,14 @@ def deal_by_function(
         offsets,
         {"policy": f"{policy}, {twice} places are of examples that another client holds too"},
     )
+
+
+def _clients(name: str, answers: Any, num_clients: int, num_examples: int) -> list[NDArray[np.int64]]:
+    if not isinstance(answers, Sequence | np.ndarray) or len(answers) != num_clients:
+        raise DataError(
+            f"{KEY}={name} must return the examples of each of {num_clients} clients, got {shown(answers)}"
+        )
+    return [_positions(name, k, answer, num_examples) for k, answer in enumerate(answers)]
 
 
 def _positions(name: str, client_id: int, answer: Any, num_examples: int) -> NDArray[np.int64]:

@@ -99,8 +99,8 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
         key = f"lora.{set_keys[0]}" if set_keys else "lora.tiers"
         if tiers.phases and len(tiers.ranks) == 1:
             raise ConfigError(
-                f"lora.rank_schedule must be empty with strategy.name={strategy.name}, which keeps the LoRA ranks, got "
-                f"{len(tiers.phases)} phases; use a strategy for mixed ranks, such as flexlora"
+                f"lora.rank_schedule must not change the LoRA ranks with strategy.name={strategy.name}, which keeps "
+                f"them, got {len(tiers.phases)} phases; use a strategy for mixed ranks, such as flexlora"
             )
         raise ConfigError(
             f"{key} must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError
-from fedsim.own import import_own, shown
+from fedsim.own import call_own, shown
 from fedsim.server.tiers import Tier, Tiers, check_ranks
 
 KEY = "lora.rank_policy"
@@ -50,10 +50,9 @@ def tiers_by_policy(
 def _answers(
     name: str, targets: Mapping[str, tuple[int, int]], sizes: NDArray[np.int64], lora_rank: int, seed: int
 ) -> Sequence[Any]:
-    policy = import_own(KEY, name)
-    if not callable(policy):
-        raise ConfigError(f"{KEY} must name a function, and {name} is none")
-    answers = policy(dict(targets), sizes.copy(), lora_rank, seed)
+    answers = call_own(
+        KEY, name, "targets, sizes, lora_rank, seed", dict(targets), sizes.copy(), lora_rank, seed
+    )
     if not isinstance(answers, Sequence | np.ndarray) or len(answers) != len(sizes):
         raise ConfigError(
             f"{KEY}={name} must return LoRA ranks of each of {len(sizes)} clients, got {shown(answers)}"

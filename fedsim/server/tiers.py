@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.config.strategy_traits import scaled_rank
 from fedsim.errors import ConfigError
 from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.seeding import numpy_generator
@@ -150,7 +151,7 @@ def distributed_types(
 
 def scaled_ranks(ranks: Mapping[str, int], scale: float) -> dict[str, int]:
     """Module -> LoRA rank times `scale`, rounded, halves up, to 1 at least."""
-    return {module: max(1, math.floor(rank * scale + 0.5)) for module, rank in ranks.items()}
+    return {module: scaled_rank(rank, scale) for module, rank in ranks.items()}
 
 
 def with_phases(tiers: Tiers, phases: Sequence[tuple[int, float]]) -> Tiers:

@@ -26,7 +26,9 @@ def prepare_data(config: Config, group: Group) -> tuple[RunSummary, FederatedDat
         return description, build_data(config.data, tokenizer, config.run.seed)
 
     description, data = root_first(group, "preparing the data", prepare)
-    same_everywhere(group, "the data and its partition", data.fingerprint)
+    partitioner = config.data.partition.name
+    made_by = f", which data.partition.name={partitioner} has made," if ":" in partitioner else ""
+    same_everywhere(group, f"the data and its partition{made_by}", data.fingerprint)
     with all_or_none(group, "setting up the adapter"):
         check_svd_device(config.aggregation.svd_device, group.device)
         num_clients = data.partition.num_clients

@@ -74,7 +74,8 @@ class Records:
         if changed:
             raise RunFolderError(
                 f"run folder {self.folder.path} was begun with other inputs ({', '.join(changed)}): what "
-                "data.source or model.name_or_path stands for has changed since; choose another run.name"
+                "data.source, data.partition.name or model.name_or_path stands for has changed since; choose another "
+                "run.name"
             )
 
     def newest_state(self, every_rounds: int, store: ClientStore) -> ServerState | None:

@@ -19,7 +19,7 @@ from fedsim.aggregation.strategy import Strategy
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.config.loader import load_config
 from fedsim.config.strategy_section import STRATEGY_NAMES
-from fedsim.config.strategy_traits import KNOWN
+from fedsim.config.strategy_traits import KNOWN, LARGEST_TYPE, SMALLEST_TYPE
 from fedsim.errors import ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule
@@ -30,6 +30,7 @@ from fedsim.lora.updates import POOLED_CLIENT
 from fedsim.server.build_clients import build_tiers
 from fedsim.server.build_strategy import build_federated_strategy
 from fedsim.server.checkpoint import load_newest_checkpoint, save_checkpoint
+from fedsim.server.flexlora_tiers import TYPES
 from tests.cohorts import (
     TARGETS,
     Training,
@@ -466,8 +467,20 @@ def test_mixed_ranks_are_refused_where_they_cannot_be_combined(name):
         load_config(None, wanted)
     with pytest.raises(ConfigError, match=f"lora.distribution must give .*{name}, got 'uniform'"):
         load_config(None, ["lora.distribution=uniform", *wanted[1:]])
-    with pytest.raises(ConfigError, match=f"lora.rank_schedule must be empty with .*{name}.*, got 1 phases"):
+    with pytest.raises(ConfigError, match=f"lora.rank_schedule must not change .*{name}.*, got 1 phases"):
         load_config(None, ["lora.rank_schedule=[{from_round: 1, scale: 0.5}]", *wanted[1:]])
+    # formally different, but the same ranks
+    for formal in (
+        ["lora.rank_schedule=[{from_round: 1, scale: 0.9}]", "lora.rank=2"],
+        ["lora.tiers=[{rank: 2}, {rank: 4, module_ranks: {q_proj: 2, fc1: 2}}]"],
+        ["lora.distribution=uniform", "lora.rank_scale=0.001"],
+    ):
+        if name == "fedsa" and "schedule" in formal[0]:
+            continue  # whose clients keep their adapters, so that it takes no schedule at all
+        config = load_config(None, [*formal, *wanted[1:]])
+        tiers = build_tiers(config, TARGETS, 20)
+        assert not tiers.are_mixed
+        build_federated_strategy(config, TARGETS, tiers, 20)
     # which ranks clients come to have by their data, or by a function, is known later
     config = load_config(None, ["lora.distribution=by_size", "lora.rank=4", *wanted[1:]])
     mixed = build_tiers(config, TARGETS, 20, np.arange(1, 21))
@@ -490,6 +503,8 @@ def test_the_configuration_knows_the_traits_of_strategies(name, then):
             continue
         assert getattr(traits, field.name) == getattr(known, field.name), field.name
     assert set(KNOWN) | {"slora"} == set(STRATEGY_NAMES)
+    ranks = {rank for kind in TYPES for rank in (kind.attention, kind.feed_forward)}
+    assert (min(ranks), max(ranks)) == (SMALLEST_TYPE, LARGEST_TYPE)
 
 
 @pytest.mark.parametrize("name", STRATEGY_NAMES)

@@ -1,5 +1,6 @@
 """A partition by a function of the user's own."""
 
+import json
 import re
 import sys
 import types
@@ -13,6 +14,7 @@ from fedsim.config.loader import load_config
 from fedsim.data.build import build_data
 from fedsim.data.own_partition import deal_by_function
 from fedsim.data.partition import Deal
+from fedsim.data.prompts import TRAIN
 from fedsim.errors import ConfigError, DataError
 from tests.helpers import word_tokenizer
 
@@ -45,7 +47,7 @@ def test_each_client_holds_what_the_function_says(use: Any) -> None:
     use(function)
     found = deal(labels=list("abcab"))
 
-    assert seen == [([3, 9, 4, 8, 5], list("abcab"), 2, 0.5, 7)]
+    assert seen == [([3, 9, 4, 8, 5], list("abcab"), 2, 0.5, 7)] * 2
     assert LENGTHS.tolist() == [3, 9, 4, 8, 5]
     assert found.indices.tolist() == [0, 4, 1, 3, 4]
     assert found.offsets.tolist() == [0, 2, 5]
@@ -79,7 +81,13 @@ def test_what_is_no_partition_is_refused(use: Any, answer: Any, message: str) ->
     ("options", "message"),
     [
         (["data.partition.name=no.such:thing"], "data.partition.name=no.such:thing cannot be imported"),
-        (["data.partition.name=sys:path"], "must name a partitioner or a function, and sys:path is neither"),
+        (["data.partition.name=sys:path"], "data.partition.name must name a function, and sys:path is none"),
+        (["data.partition.name=a..b:c"], "data.partition.name=a..b:c cannot be imported"),
+        (["data.partition.name=math:hypot_"], "data.partition.name=math:hypot_ cannot be imported"),
+        (
+            ["data.partition.name=textwrap:dedent"],
+            "textwrap:dedent must be a function of (lengths, labels, num_clients, dirichlet_alpha, seed): too many",
+        ),
         (["data.partition.name=iidd"], "or package.module:function, got 'iidd'; did you mean 'iid'?"),
         (
             [f"data.partition.name={NAME}", "data.partition.examples_per_client=3"],
@@ -105,9 +113,9 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_the_example_of_the_docs(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the configuration to a partition: no text twice, all of them held, short and long ones apart."""
+    """Through the configuration to a partition: no text twice, all of them held, the shortest first."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
-    keys = ["data.partition.name=examples.partition:short_and_long", "data.partition.num_clients=9"]
+    keys = ["data.partition.name=examples.partition:by_length", "data.partition.num_clients=9"]
     config = load_config(None, [f"data.source={texts}", "data.label_field=topic", *keys])
     data, again = (build_data(config.data, word_tokenizer(), seed) for seed in (3, 3))
 
@@ -118,5 +126,43 @@ def test_the_example_of_the_docs(texts: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(held.tolist()) == list(range(len(data.train)))
     longest = [data.train.untruncated_tokens[partition.train(k)].max() for k in range(9)]
     shortest = [data.train.untruncated_tokens[partition.train(k)].min() for k in range(9)]
-    assert max(longest[:5]) <= min(shortest[5:])
-    assert partition.name == "examples.partition:short_and_long"
+    assert all(longest[k] <= shortest[k + 1] for k in range(8))
+    assert partition.name == "examples.partition:by_length"
+
+
+def test_a_function_that_answers_anew_each_time_is_refused(use: Any) -> None:
+    generator = np.random.default_rng(0)
+    use(lambda *_: np.split(generator.permutation(5), [2]))
+    with pytest.raises(DataError, match="must deal the same again when it is called again"):
+        deal()
+
+
+def test_rows_that_the_corpus_keeps_for_tests_are_not_dealt(use: Any, tmp_path: Path) -> None:
+    """The function sees the others alone, and its positions are among them."""
+    rows = [
+        {"instruction": "w5", "output": " ".join(["w6"] * (1 + i)), "part": ["train", "test"][i % 2]}
+        for i in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    seen: list[int] = []
+
+    def function(lengths: Any, labels: Any, num_clients: int, *_: Any) -> Any:
+        seen.append(len(lengths))
+        return np.array_split(np.arange(len(lengths)), num_clients)
+
+    use(function)
+    keys = [f"data.source={path}", "data.instruction.format=rows", "data.instruction.input_field=null"]
+    keys += [
+        "data.instruction.part_field=part",
+        f"data.partition.name={NAME}",
+        "data.partition.num_clients=2",
+        "cohort.size=2",
+    ]
+    data = build_data(load_config(None, keys).data, word_tokenizer(), 0)
+    assert data.train.answers is not None
+    kept = np.flatnonzero(data.train.answers.parts == TRAIN)
+    assert 0 < len(kept) < len(data.train)
+    assert seen == [len(kept)] * 2
+    held = np.concatenate((data.partition.train_indices, data.partition.test_indices))
+    assert sorted(held.tolist()) == kept.tolist()

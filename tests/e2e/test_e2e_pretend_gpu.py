@@ -13,6 +13,7 @@ from tests.pretend_gpu import pretend_gpu
 MIXED = "lora.tiers=[{share: 0.5, rank: 2}, {share: 0.5, rank: 4}]"
 FLOAT32 = ("model.dtype=float32", "training.optimizer.lr=0.01")
 
+ON_GPU = "aggregation.svd_device=cuda"
 SGD = ("training.optimizer.name=sgd", "training.max_grad_norm=null")
 MIXING = (
     "flexlora",
@@ -35,19 +36,27 @@ CASES: dict[str, list[str]] = {
     "updates on the CPU": ["training.pack.keep_updates_on=cpu", "training.pack.max_slots=1"],
     "updates on the GPU": ["training.pack.keep_updates_on=device", "strategy.name=flexlora"],
     "decompositions on the CPU": ["strategy.name=flexlora", MIXED, "aggregation.svd_device=cpu"],
-    **{name: [f"strategy.name={name}", MIXED, "aggregation.svd_device=cuda"] for name in MIXING},
+    **{name: [f"strategy.name={name}", MIXED, ON_GPU] for name in MIXING},
     **{name: [f"strategy.name={name}"] for name in ("ffa", "rolora", "fedsa", "local", "centralized")},
     **{
-        name: [f"strategy.name={name}", "aggregation.svd_device=cuda"] for name in ("fedex", "fedsvd", "florist")
+        name: [f"strategy.name={name}", ON_GPU] for name in ("fedex", "fedsvd", "florist")
     },
-    "scaffold": ["strategy.name=scaffold", *SGD, "aggregation.client_weights=uniform"],
-    "slora": ["strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.density=0.1"],
+    "scaffold": ["strategy.name=scaffold", *SGD, "aggregation.client_weights=uniform", ON_GPU],
+    "sequential scaffold": [
+        "strategy.name=scaffold", *SGD, "aggregation.client_weights=uniform", "training.trainer=sequential",
+    ],
+    "sequential slora": [
+        "strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.tier_densities=[0.1, 0.2]",
+        "strategy.slora.then=hetlora", MIXED, "training.trainer=sequential",
+    ],
+    "slora": ["strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.density=0.1", ON_GPU],
     "slora, flexlora": [
         "strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.then=flexlora", MIXED,
-        "aggregation.svd_device=cuda",
+        ON_GPU,
     ],
-    "fedadam": ["aggregation.server_optimizer.name=fedadam"],
+    "fedadam": ["aggregation.server_optimizer.name=fedadam", ON_GPU],
     "private": [
+        ON_GPU,
         "cohort.sampling=poisson", "aggregation.client_weights=uniform", "aggregation.privacy.clip_norm=0.5",
         "aggregation.privacy.noise_multiplier=0.01",
     ],
@@ -73,7 +82,7 @@ def figures(folder: Path) -> list[float]:
 
 def run_both(program: Any, monkeypatch: pytest.MonkeyPatch, *keys: str) -> tuple[list[float], list[float]]:
     """Figures of a run on the CPU, and on the pretend GPU."""
-    on_cpu = [key for key in keys if key != "aggregation.svd_device=cuda"]
+    on_cpu = [key for key in keys if key != ON_GPU]
     assert program.run("run.name=cpu", *on_cpu) == 0
     with monkeypatch.context() as patch, pretend_gpu(patch):
         assert program.run("run.name=gpu", "run.device=cuda", *keys) == 0
@@ -146,7 +155,7 @@ def test_answers_on_a_pretend_gpu(
     "keys",
     [
         ["lora.dropout=0.1"],
-        ["strategy.name=flexlora", MIXED, "aggregation.svd_device=cuda", "aggregation.svd_placement=sharded"],
+        ["strategy.name=flexlora", MIXED, ON_GPU, "aggregation.svd_placement=sharded"],
         ["strategy.name=fedsa"],
         ["strategy.name=slora", "strategy.slora.rounds=1", "strategy.slora.density=0.1"],
     ],

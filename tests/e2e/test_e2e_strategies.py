@@ -170,7 +170,7 @@ def test_the_example_of_the_docs_runs_and_is_what_the_docs_print(program, monkey
             ["training.schedule.warmup_steps=500"],
             r"training\.schedule\.warmup_steps must be at most the \d+ steps that the largest client makes",
         ),
-        ([PHASES], r"lora\.rank_schedule must be empty with strategy\.name=fedavg"),
+        ([PHASES], r"lora\.rank_schedule must not change the LoRA ranks with strategy\.name=fedavg"),
         (
             ["strategy.name=centralized", PHASES],
             r"lora\.rank_schedule must be empty .* one adapter of the largest",

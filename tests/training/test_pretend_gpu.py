@@ -55,15 +55,29 @@ def test_what_lies_in_the_wrong_place_is_seen(monkeypatch: pytest.MonkeyPatch) -
         there = torch.ones(3, device=CUDA)
         with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
             there + torch.ones(3)
+        here = torch.ones(3)
+        where = torch.tensor([0, 2])
+        for mixes in (
+            lambda: here[where.to(CUDA)],
+            lambda: there.__setitem__(there > 0, here),
+            lambda: torch.tensor(1.0).add_(there.sum()),
+            lambda: torch.stack([there.sum(), torch.tensor(1.0)]),
+            lambda: torch.cat([there, here]),
+        ):
+            with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
+                mixes()
         with pytest.raises(TypeError, match="can't convert cuda:0"):
             there.numpy()
+        gpu.waits.clear()
         assert (there + torch.ones(3).to(CUDA) * torch.tensor(2.0)).tolist() == [3.0, 3.0, 3.0]
         weight = torch.nn.Parameter(torch.ones(2, 3).to(CUDA))
         torch.nn.functional.linear(there, weight).sum().backward()
         assert isinstance(weight.grad, OnGpu)
         assert gpu.waits.total() == 1
         assert float(there.sum()) == 3.0
-        assert gpu.waits.total() == 2
+        assert there[where].tolist() == [1.0, 1.0]
+        there[there > 0], there.nonzero(), torch.equal(there, there)
+        assert gpu.waits.total() == 7
 
 
 def exchange_on_gpus(group: Group) -> tuple[list[Any], str]:
