@@ -657,13 +657,17 @@ def test_a_slot_keeps_nothing_of_its_last_plan():
     assert torch.equal(rows.values, before)
 
 
+@pytest.mark.parametrize("kind", ["packed", "sequential"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_plans_on_a_gpu(optimizer, store, cuda):
+def test_plans_on_a_gpu(optimizer, kind, store, cuda):
     """Plans whose tensors are on the CPU, and on the GPU."""
     jobs, plans = mixed_pack(store, OPTIMIZERS[optimizer])
     alone = train_alone(jobs, plans, store)
-    engine = StackedModel(tiny_opt(DOUBLE).to(cuda), TARGETS, cuda)
-    trainer = PackedTrainer(engine, store, 3, 10_000, False, 0)
+    base = tiny_opt(DOUBLE).to(cuda)
+    if kind == "packed":
+        trainer = PackedTrainer(StackedModel(base, TARGETS, cuda), store, 3, 10_000, False, 0)
+    else:
+        trainer = SequentialTrainer(AdaptedModel(base, TARGETS, cuda), store, PAD, False, 0)
     there = [
         replace(
             plan,
