@@ -28,6 +28,8 @@ KEY = "model.cpu_linear"
 USE_TORCH = "set model.cpu_linear=torch to use torch's own"
 CHECKED_SHAPES = ((5, 64, 48), (33, 17, 130), (1, 256, 64))
 """(T, o, i) of the self-check; sizes beside the block sizes of 16 and 64 among them."""
+SMALLEST = 2**18
+"""Values of a matrix from which on oneDNN's product makes a model faster."""
 TOLERANCE = 1e-5
 """Largest error that the self-check accepts, relative to the largest value of the exact result."""
 
@@ -113,8 +115,22 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
         raise ModelError(
             f"{KEY}: packed linears take float32 on the CPU, got {x.dtype} on {x.device}; {USE_TORCH}"
         )
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x.detach(), packed, bias, "none", [], "")
-    return product
+    rows = x.detach().reshape(-1, x.shape[-1])
+    missing = padded_rows(len(rows)) - len(rows)
+    if missing:
+        rows = torch.cat((rows, rows.new_zeros(missing, rows.shape[1])))
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+    return product[: len(rows) - missing].view(*x.shape[:-1], product.shape[1])
+
+
+def padded_rows(num_rows: int) -> int:
+    """How many rows oneDNN is given for `num_rows`: at most an eighth more from 64 rows on, rows of 0.
+
+    It makes a program for each number of rows and keeps it, about half a megabyte and half a millisecond each, and
+    hardly two packed rows of tokens have the same length. So there are 8 lengths from one power of two to the next.
+    """
+    step = max(8, 2 ** (num_rows.bit_length() - 1) // 8) if num_rows else 8
+    return -(-num_rows // step) * step
 
 
 class FrozenCpuLinear(nn.Linear):
@@ -276,16 +292,14 @@ def _is_near(value: Tensor, exact: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class CpuKind:
-    """What decides which library is faster: vendor and family as the CPU names them, and what torch uses of it.
+    """What decides which library is faster: the vendor as the CPU names it, and what torch uses of it.
 
     Attributes:
         vendor: such as "AuthenticAMD"; empty where unknown.
-        family: 25 for AMD's Zen 3 and 4, 26 for Zen 5; 0 where unknown.
         capability: torch's name of the widest instructions, such as "AVX512".
     """
 
     vendor: str
-    family: int
     capability: str
 
 
@@ -296,10 +310,8 @@ def read_cpu_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> CpuKind:
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
-    family = fields.get("cpu family", "")
     return CpuKind(
         fields.get("vendor_id", ""),
-        int(family) if family.isdecimal() else 0,
         torch.backends.cpu.get_cpu_capability(),
     )
 
@@ -307,9 +319,8 @@ def read_cpu_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> CpuKind:
 def pays(shapes: Sequence[tuple[int, int]], cpu: CpuKind) -> bool:
     """True if packed weights of these shapes make a model faster on such a CPU. A rule; nothing is timed.
 
-    They do on AMD's CPUs with AVX-512 if at least half of the weights lie in matrices of at least 2^18 values on Zen 4
-    (family 25) and 2^14 from Zen 5 (family 26) on, which pays from about 128 tokens. Elsewhere torch's own product
-    stays: MKL has its fastest path on Intel's CPUs, and others were not measured.
+    They do on AMD's CPUs with AVX-512 if at least half of the weights lie in matrices of at least 2^18 values.
+    Elsewhere torch's own product stays: MKL has its fastest path on Intel's CPUs, and others were not measured.
 
     Measured in GFLOP/s of one thread, output and input gradient together, torch 2.13 and oneDNN 3.12, torch's own and
     packed, best of 15: on an EPYC of family 25 model 17 that others were using, and on one of family 26 model 2, whose
@@ -327,17 +338,18 @@ def pays(shapes: Sequence[tuple[int, int]], cpu: CpuKind) -> bool:
         768 x 3072      61 / 85   87 / 104  93 / 109  96 / 111       87 / 202  100 / 233  106 / 241  108 / 240
         50272 x 768     56 / 95   82 / 107  86 / 100  -              76 / 181  99 / 231   100 / 204  -
 
-    A call costs about 10 us more than torch's, and the first one with a new (T, o, i) about 0.4 ms; oneDNN remembers
-    the latest 1024 of them.
+    A call costs about 10 us more than torch's, and the first one with a new (T, o, i) about 0.4 ms and half a megabyte
+    that stay (`padded_rows`). That is why smaller matrices are left alone even where the table favours them: on the
+    second CPU a round of the quick start's base, 100 clients of log-normal sizes, took 1.28 s and 545 MiB with torch's
+    product, 1.5 s and 1,470 MiB after 25 rounds with oneDNN's at every length, and 1.3 s and 770 MiB with padded rows.
 
     Args:
         shapes: (o, i) of each linear module that would be packed, repeats included.
     """
     if cpu.vendor != "AuthenticAMD" or not cpu.capability.startswith("AVX512"):
         return False
-    smallest = 2**14 if cpu.family >= 26 else 2**18
     sizes = [out_features * in_features for out_features, in_features in shapes]
-    return bool(sizes) and 2 * sum(size for size in sizes if size >= smallest) >= sum(sizes)
+    return bool(sizes) and 2 * sum(size for size in sizes if size >= SMALLEST) >= sum(sizes)
 
 
 def choose_cpu_linear(
