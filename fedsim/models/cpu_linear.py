@@ -340,7 +340,7 @@ def pays(shapes: Sequence[tuple[int, int]], cpu: CpuKind) -> bool:
 
     A call costs about 10 us more than torch's, and the first one with a new (T, o, i) about 0.4 ms and half a megabyte
     that stay (`padded_rows`). That is why smaller matrices are left alone even where the table favours them: on the
-    second CPU a round of the quick start's base, 100 clients of log-normal sizes, took 1.28 s and 545 MiB with torch's
+    second CPU a round of the quick start's base, 100 clients of Dirichlet sizes, took 1.28 s and 545 MiB with torch's
     product, 1.5 s and 1,470 MiB after 25 rounds with oneDNN's at every length, and 1.3 s and 770 MiB with padded rows.
 
     Args:
