@@ -23,12 +23,17 @@ def check_model(model: ModelConfig, run: RunConfig) -> Iterator[str]:
     if model.quantization == "none":
         return
     because = f"when model.quantization is {model.quantization}"
+    yield from _plain_weights(model, because)
+    if run.merged_model:
+        yield f"run.merged_model must be false {because}, since an adapter cannot be merged into such weights, got true"
+
+
+def _plain_weights(model: ModelConfig, because: str) -> Iterator[str]:
+    """What needs each process to hold the weights as they are."""
     if model.dtype == "float64":
         yield f"model.dtype must be float32, bfloat16, float16 or auto {because}, got 'float64'"
     if model.cpu_linear == "onednn":
         yield f"model.cpu_linear must be auto or torch {because}, got 'onednn'"
-    if run.merged_model:
-        yield f"run.merged_model must be false {because}, since an adapter cannot be merged into such weights, got true"
 
 
 def check_sharding(config: Config) -> Iterator[str]:
@@ -42,10 +47,7 @@ def check_sharding(config: Config) -> Iterator[str]:
     because = f"when model.sharding is {model.sharding}"
     if model.quantization != "none":
         yield f"model.quantization must be none {because}, got {show(model.quantization)}"
-    if model.dtype == "float64":
-        yield f"model.dtype must be float32, bfloat16, float16 or auto {because}, got 'float64'"
-    if model.cpu_linear == "onednn":
-        yield f"model.cpu_linear must be auto or torch {because}, got 'onednn'"
+    yield from _plain_weights(model, because)
     if model.allow_pickle:
         yield f"model.allow_pickle must be false {because}, which reads parts of safetensors files, got true"
     if config.training.trainer == "sequential":

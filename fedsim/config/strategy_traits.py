@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fedsim.config.keys import show
 from fedsim.config.model_section import LoraConfig
@@ -13,34 +13,9 @@ LARGEST_TYPE, SMALLEST_TYPE = 200, 8
 """LoRA ranks of the resource types 4 and 1 of arXiv 2402.11505."""
 
 
-class TraitsOfStrategy(Protocol):
-    """Of the traits of a strategy (`fedsim.aggregation.strategy.Traits`, where they are explained) those used here."""
-
-    @property
-    def reduce(self) -> Literal["sum", "stack"]: ...  # noqa: D102
-
-    @property
-    def mixed_ranks(self) -> bool: ...  # noqa: D102
-
-    @property
-    def changes_base(self) -> bool: ...  # noqa: D102
-
-    @property
-    def keeps_client_state(self) -> bool: ...  # noqa: D102
-
-    @property
-    def has_global_model(self) -> bool: ...  # noqa: D102
-
-    @property
-    def trains_pool(self) -> bool: ...  # noqa: D102
-
-    @property
-    def uses_client_weights(self) -> bool: ...  # noqa: D102
-
-
 @dataclass(frozen=True, slots=True)
 class KnownTraits:
-    """Those of a strategy that fedsim brings along."""
+    """Of the traits of a strategy (`fedsim.aggregation.strategy.Traits`, where they are explained) those used here."""
 
     reduce: Literal["sum", "stack"] = "stack"
     mixed_ranks: bool = False
@@ -75,24 +50,31 @@ KNOWN: dict[str, KnownTraits] = {
     "fedsvd": KnownTraits(),
     "scaffold": KnownTraits(keeps_client_state=True, uses_client_weights=False),
 }
-"""Strategy -> its traits; slora has those of its second stage. A test holds them against the strategies."""
+"""Strategy -> its traits; a test holds them against the strategies."""
+
+
+def known_traits(name: str, then: str) -> KnownTraits:
+    """Those of a strategy that fedsim brings along; slora has those of its second stage, `then`, but two."""
+    if name == "slora":
+        return replace(KNOWN[then], reduce="stack", uses_client_weights=True)
+    return KNOWN[name]
 
 
 def check_traits(config: Config) -> Iterator[str]:
     """What the strategy does not go with; those of the user's own are asked when they are built."""
-    name, then = config.strategy.name, config.strategy.slora.then
+    name = config.strategy.name
     if ":" in name:
         return
-    traits = KNOWN[then if name == "slora" else name]
+    traits = known_traits(name, config.strategy.slora.then)
     yield from _ranks(config.lora, name, traits)
     yield from _around(config, name, traits)
-    # the first stage of slora has use for them; scaffold and the accountant have rules of their own
-    if name not in ("slora", "scaffold") and config.aggregation.privacy.clip_norm is None:
+    # scaffold and the accountant have rules of their own
+    if name != "scaffold" and config.aggregation.privacy.clip_norm is None:
         yield from client_weight_problems(config, name, traits)
     yield from trait_problems(config, name, traits)
 
 
-def _ranks(lora: LoraConfig, name: str, traits: TraitsOfStrategy) -> Iterator[str]:
+def _ranks(lora: LoraConfig, name: str, traits: KnownTraits) -> Iterator[str]:
     """Clients or rounds of several LoRA ranks, as far as the configuration alone tells.
 
     What `module_ranks`, the sizes of clients or a function come to is known when the run has its modules and clients.
@@ -128,10 +110,10 @@ def scaled_rank(rank: int, scale: float) -> int:
     return max(1, math.floor(rank * scale + 0.5))
 
 
-def _around(config: Config, name: str, traits: TraitsOfStrategy) -> Iterator[str]:
+def _around(config: Config, name: str, traits: KnownTraits) -> Iterator[str]:
     """What may stand around a strategy that averages factors."""
     aggregation = config.aggregation
-    averages = traits.reduce == "sum" and name != "slora"
+    averages = traits.reduce == "sum"
     if aggregation.server_optimizer.name != "none" and not averages:
         yield (
             f"aggregation.server_optimizer.name must be none with strategy.name={name}, which does not average "
@@ -145,7 +127,7 @@ def _around(config: Config, name: str, traits: TraitsOfStrategy) -> Iterator[str
         )
 
 
-def client_weight_problems(config: Config, name: str, traits: TraitsOfStrategy) -> Iterator[str]:
+def client_weight_problems(config: Config, name: str, traits: KnownTraits) -> Iterator[str]:
     """Client weights that a strategy would not look at."""
     weights = config.aggregation.client_weights
     if not traits.uses_client_weights and weights not in ("examples", "uniform"):
@@ -155,7 +137,7 @@ def client_weight_problems(config: Config, name: str, traits: TraitsOfStrategy) 
         )
 
 
-def trait_problems(config: Config, name: str, traits: TraitsOfStrategy) -> Iterator[str]:
+def trait_problems(config: Config, name: str, traits: KnownTraits) -> Iterator[str]:
     """What a strategy with these traits does not go with, whatever LoRA ranks the clients come to have."""
     evaluation, phases = config.evaluation, config.lora.rank_schedule
     if phases and traits.keeps_client_state and not traits.has_global_model:

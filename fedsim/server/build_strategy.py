@@ -1,6 +1,7 @@
 """From a configuration to the federated method, and whether the rest of the configuration goes with it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from fedsim.aggregation.build import build_strategy
@@ -11,7 +12,7 @@ from fedsim.aggregation.strategy import Federation, Strategy
 from fedsim.config.messages import refuse
 from fedsim.config.schema import Config
 from fedsim.config.strategy_section import StrategyConfig
-from fedsim.config.strategy_traits import client_weight_problems, trait_problems
+from fedsim.config.strategy_traits import KnownTraits, client_weight_problems, trait_problems
 from fedsim.config.yaml_text import read_yaml
 from fedsim.errors import ConfigError
 from fedsim.lora.initial import ScalingRule
@@ -106,9 +107,10 @@ def _check_traits(config: Config, strategy: Strategy, tiers: Tiers) -> None:
             f"{key} must give all clients the same LoRA ranks with strategy.name={strategy.name}, got "
             f"{len(tiers.ranks)} tiers; use a strategy for mixed ranks, such as flexlora"
         )
+    known = KnownTraits(**{field.name: getattr(traits, field.name) for field in fields(KnownTraits)})
     refuse(
         [
-            *client_weight_problems(config, strategy.name, traits),
-            *trait_problems(config, strategy.name, traits),
+            *client_weight_problems(config, strategy.name, known),
+            *trait_problems(config, strategy.name, known),
         ]
     )

@@ -19,7 +19,7 @@ from fedsim.aggregation.strategy import Strategy
 from fedsim.comm.group import Group, SoloGroup
 from fedsim.config.loader import load_config
 from fedsim.config.strategy_section import STRATEGY_NAMES
-from fedsim.config.strategy_traits import KNOWN, LARGEST_TYPE, SMALLEST_TYPE
+from fedsim.config.strategy_traits import KNOWN, LARGEST_TYPE, SMALLEST_TYPE, known_traits
 from fedsim.errors import ConfigError
 from fedsim.lora.factors import AdapterState, LoraFactors
 from fedsim.lora.initial import ScalingRule
@@ -497,10 +497,8 @@ def test_the_configuration_knows_the_traits_of_strategies(name, then):
     traits = build_strategy(
         name, make_federation(LARGEST, num_clients=5, weighting="uniform"), arguments
     ).traits
-    known = KNOWN[then if name == "slora" else name]
+    known = known_traits(name, then)
     for field in fields(known):
-        if name == "slora" and field.name in ("reduce", "uses_client_weights"):
-            continue
         assert getattr(traits, field.name) == getattr(known, field.name), field.name
     assert set(KNOWN) | {"slora"} == set(STRATEGY_NAMES)
     ranks = {rank for kind in TYPES for rank in (kind.attention, kind.feed_forward)}
